@@ -1,0 +1,190 @@
+"""What a run is: frozen dataclasses, one Python function a named run, typed dotted overrides."""
+
+from dataclasses import dataclass, field
+
+STAGES = ("critique_revision", "sft", "preferences", "reward_model", "ppo", "evaluate")
+
+
+@dataclass(frozen=True)
+class Model:
+    """Where a run starts from and in which precision it computes."""
+
+    source: str  # a Hugging Face folder, a hub id, a .gguf file, or random:<family> (tests)
+    dtype: str = "float32"  # stored parameters and optimizer moments
+    compute_dtype: str = "float32"  # operands of matrix products; products accumulate in float32
+    remat: str = "none"  # training memory: "none" keeps activations, "full" recomputes each layer
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Devices along each axis; one of them may be -1: whatever is left."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """A set of prompts: ours, a file, a folder saved by `datasets`, or a hub dataset."""
+
+    path: str  # shipped:NAME | .jsonl .json .csv .parquet (also .gz) | folder | hub id
+    split: str = ""  # keep rows whose "split" column says so; for a hub dataset, its split
+    prompt: str = "prompt"  # column: a text, or a list of {role, content} (multi-turn context)
+    id: str = "id"  # column; rows without one are numbered
+    category: str = "category"  # column; rows without one have category ""
+    limit: int = 0  # the first so many rows, spread over categories; 0: all
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The prompts of a run. Nothing in an eval set may stand in a train set."""
+
+    red_team: PromptSet = PromptSet("shipped:red_team", split="train")
+    helpful: PromptSet = PromptSet("shipped:helpful", split="train")
+    eval_red_team: PromptSet = PromptSet("shipped:red_team", split="eval")
+    eval_helpful: PromptSet = PromptSet("shipped:helpful", split="eval")
+    eval_look_alike: PromptSet = PromptSet("shipped:look_alike", split="eval")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How one row is sampled. Temperature 0 is greedy; a filter at its default is off."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    max_new_tokens: int = 64
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """The shape of the sampler: rows decoded together, and the longest row in tokens."""
+
+    rows: int = 32
+    max_length: int = 1024
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """AdamW with global-norm clipping and a warmup schedule."""
+
+    learning_rate: float = 1e-5
+    schedule: str = "cosine"  # cosine | linear | constant, after the warmup
+    warmup_fraction: float = 0.1  # of all steps
+    weight_decay: float = 0.0  # on matrices only
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    clip_norm: float = 1.0
+
+
+@dataclass(frozen=True)
+class CritiqueRevision:
+    """SL-CAI data: response, then rounds of critique and revision (Bai et al. 2022, section 3)."""
+
+    rounds: int = 4
+    response: Sampling = Sampling(max_new_tokens=128)
+    critique: Sampling = Sampling(max_new_tokens=96)
+    revision: Sampling = Sampling(max_new_tokens=128)
+    rows_per_shard: int = 64
+
+
+@dataclass(frozen=True)
+class Sft:
+    """Fine-tuning on the revisions of every round plus the model's own helpful answers."""
+
+    epochs: int = 1
+    batch_size: int = 8  # packed sequences a step
+    microbatches: int = 1
+    sequence_length: int = 512
+    helpful: Sampling = Sampling(max_new_tokens=128)
+    rows_per_shard: int = 64
+    optimizer: Optimizer = Optimizer(learning_rate=1e-5)
+    checkpoint_every: int = 50  # steps
+
+
+@dataclass(frozen=True)
+class Preferences:
+    """AI labels: two responses a prompt, compared under one drawn principle, in both orders."""
+
+    policy: str = ""  # model that answers; "": the SL-CAI model of this run
+    judge: str = ""  # model that labels; "": the model that the run starts from
+    response: Sampling = Sampling(max_new_tokens=128)
+    pairs_per_prompt: int = 1
+    rows_per_shard: int = 64
+
+
+@dataclass(frozen=True)
+class RewardModel:
+    """Bradley-Terry with soft targets on a backbone with a scalar head."""
+
+    start: str = ""  # backbone; "": the SL-CAI model of this run
+    epochs: int = 1
+    batch_size: int = 16  # pairs a step
+    microbatches: int = 1
+    max_length: int = 512
+    held_out: float = 0.2  # share of prompts kept for the evaluation of the model
+    center: float = 0.0  # weight of (r_chosen + r_rejected)^2
+    optimizer: Optimizer = Optimizer(learning_rate=1e-5)
+    checkpoint_every: int = 50
+
+
+@dataclass(frozen=True)
+class Ppo:
+    """PPO with a KL penalty to the frozen SL-CAI model; sources beside the formulas in objectives/ppo.py."""
+
+    policy: str = ""  # where policy and reference start; "": the SL-CAI model of this run
+    reward_model: str = ""  # "": the reward model of this run
+    updates: int = 100
+    rollouts: int = 64  # rows an update
+    epochs: int = 2  # passes over the rollouts of an update
+    minibatches: int = 2  # optimizer steps a pass
+    microbatches: int = 1
+    max_prompt_tokens: int = 256  # longer prompts are counted and left out
+    response: Sampling = Sampling(max_new_tokens=128)
+    kl_coef: float = 0.02
+    kl_estimator: str = "k1"
+    gamma: float = 1.0
+    lam: float = 0.95
+    clip: float = 0.2
+    value_clip: float = 0.2
+    value_coef: float = 0.1
+    whiten_advantages: bool = True
+    missing_eos_penalty: float = 1.0  # taken off the score of a row that did not end
+    optimizer: Optimizer = Optimizer(learning_rate=1e-6, schedule="linear", eps=1e-5)
+    checkpoint_every: int = 10  # updates
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Base, SL-CAI and RL-CAI side by side on prompts that no stage has trained on."""
+
+    sft: str = ""  # "": the SL-CAI model of this run
+    rl: str = ""  # "": the RL-CAI model of this run
+    reward_model: str = ""  # "": the reward model of this run
+    response: Sampling = Sampling(temperature=0.0, max_new_tokens=128)
+    rows_per_shard: int = 64
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    model: Model
+    description: str  # one line for --list
+    constitution: str = "harmless_helpful"  # a shipped name, or a path to a YAML file
+    run_dir: str = ""  # "": runs/<config name> under the folder the command is run in
+    seed: int = 0
+    stages: tuple[str, ...] = STAGES
+    mesh: Mesh = Mesh()
+    prompts: Prompts = field(default_factory=Prompts)
+    sampler: Sampler = Sampler()
+    critique_revision: CritiqueRevision = CritiqueRevision()
+    sft: Sft = Sft()
+    preferences: Preferences = Preferences()
+    reward_model: RewardModel = RewardModel()
+    ppo: Ppo = Ppo()
+    evaluate: Evaluate = Evaluate()
