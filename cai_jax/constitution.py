@@ -1,0 +1,408 @@
+"""The written constitution: principles, examples and exact rules, read from YAML and checked whole.
+
+    name: brief_answers
+    version: 1
+    principles:
+      - id: brief
+        title: Keep it short
+        category: format
+        critique_request: Is your answer longer than 20 words? Say so in one sentence.
+        revision_request: Rewrite your answer in at most 20 words. Give only the new answer.
+        preference_question: Which response is shorter?
+        check: {max_words: 20}        # optional: a rule on the response, an exact ground truth
+    few_shots:                        # optional
+      critique:
+        - {prompt: ..., response: ..., principle: brief, critique: ..., revision: ...}
+      preference:
+        - {prompt: ..., principle: brief, response_a: ..., response_b: ..., answer: A}
+"""
+
+import math
+import os
+import re
+import unicodedata
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from datetime import date, datetime
+from pathlib import Path
+
+from cai_jax.config import did_you_mean
+from cai_jax.errors import UserError
+from cai_jax.provenance import content_hash
+from cai_jax.strict_yaml import read_yaml
+
+
+@dataclass(frozen=True)
+class Check:
+    """A rule on a response text; every bound that is set must hold. `satisfies` decides, `explain` says it.
+
+    White space around the text does not count. A word is what stands between white space, a character is a
+    Unicode code point, a pattern is a Python regular expression searched anywhere in the text.
+    """
+
+    max_words: int | None = None
+    min_words: int | None = None
+    max_characters: int | None = None
+    required_pattern: str | None = None
+    forbidden_pattern: str | None = None
+    starts_with: str | None = None
+    ends_with: str | None = None
+
+
+@dataclass(frozen=True)
+class Principle:
+    """One rule of the constitution, with the words that ask for critique, revision and preference."""
+
+    id: str
+    title: str
+    category: str
+    critique_request: str
+    revision_request: str
+    preference_question: str
+    check: Check | None
+    hash: str  # of all that stands above
+
+
+@dataclass(frozen=True)
+class CritiqueExample:
+    """A worked example of critique and revision under the principle whose id it names."""
+
+    prompt: str
+    response: str
+    principle: str
+    critique: str
+    revision: str
+
+
+@dataclass(frozen=True)
+class PreferenceExample:
+    """A worked example of a comparison under the principle whose id it names."""
+
+    prompt: str
+    principle: str
+    response_a: str
+    response_b: str
+    answer: str  # "A" or "B": the response that follows the principle better
+
+
+@dataclass(frozen=True)
+class Constitution:
+    """A constitution that `load_constitution` has checked.
+
+    `hash` is the sha256 of the content: the order of keys, layout and comments do not change it, any word
+    does, and so does the order of principles or examples (draws depend on it).
+    """
+
+    name: str
+    version: str
+    principles: tuple[Principle, ...]
+    critique_few_shots: tuple[CritiqueExample, ...]
+    preference_few_shots: tuple[PreferenceExample, ...]
+    hash: str
+    path: str
+
+    def principle(self, id: str) -> Principle:
+        """The principle of this id; UserError with the nearest one where there is none."""
+        for principle in self.principles:
+            if principle.id == id:
+                return principle
+        nearest = did_you_mean(id, [principle.id for principle in self.principles])
+        raise UserError(f"{self.path}: there is no principle {id!r}{nearest}")
+
+
+def load_constitution(path: str | Path) -> Constitution:
+    """The constitution in a YAML file, or the shipped one of that name ("harmless_helpful").
+
+    What holds a path separator or ends in .yaml or .yml is a path; anything else is a shipped name. Raises
+    UserError that names file, principle and field for whatever is not as the schema says.
+    """
+    file = _find(path)
+    return _constitution(read_yaml(file, as_written="version"), str(file))
+
+
+def shipped_constitutions() -> list[str]:
+    """The names of the constitutions that come with the package."""
+    return sorted(path.stem for path in _shipped_folder().glob("*.yaml"))
+
+
+# ---------------------------------------------------------------- checks
+
+
+def satisfies(check: Check, text: str) -> bool:
+    """Whether the text keeps the rule: exact, no model involved."""
+    text = text.strip()
+    return all(_RULES[name].holds(bound, text) for name, bound in _set_bounds(check).items())
+
+
+def explain(check: Check) -> str:
+    """The rule as one sentence for people."""
+    clauses = [_RULES[name].clause(bound) for name, bound in _set_bounds(check).items()]
+    return f"The text {_listed(clauses)}."
+
+
+@dataclass(frozen=True)
+class _Rule:
+    type: type
+    holds: Callable[[int | str, str], bool]
+    clause: Callable[[int | str], str]
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+_RULES = {
+    "max_words": _Rule(
+        int, lambda n, text: len(text.split()) <= n, lambda n: f"has at most {_counted(n, 'word')}"
+    ),
+    "min_words": _Rule(
+        int, lambda n, text: len(text.split()) >= n, lambda n: f"has at least {_counted(n, 'word')}"
+    ),
+    "max_characters": _Rule(
+        int, lambda n, text: len(text) <= n, lambda n: f"has at most {_counted(n, 'character')}"
+    ),
+    "required_pattern": _Rule(
+        str,
+        lambda pattern, text: re.search(pattern, text) is not None,
+        lambda pattern: f"holds something that matches the pattern `{pattern}`",
+    ),
+    "forbidden_pattern": _Rule(
+        str,
+        lambda pattern, text: re.search(pattern, text) is None,
+        lambda pattern: f"holds nothing that matches the pattern `{pattern}`",
+    ),
+    "starts_with": _Rule(
+        str, lambda start, text: text.startswith(start), lambda start: f'starts with "{start}"'
+    ),
+    "ends_with": _Rule(str, lambda end, text: text.endswith(end), lambda end: f'ends with "{end}"'),
+}
+
+
+def _set_bounds(check: Check) -> dict:
+    return {f.name: bound for f in fields(check) if (bound := getattr(check, f.name)) is not None}
+
+
+# ---------------------------------------------------------------- files
+
+
+def _shipped_folder() -> Path:
+    """constitutions/ inside an installed package, or beside the package in a checkout."""
+    package = Path(__file__).resolve().parent
+    inside = package / "constitutions"
+    return inside if inside.is_dir() else package.parent / "constitutions"
+
+
+def _find(path: str | Path) -> Path:
+    text = os.fspath(path)
+    if isinstance(path, Path) or os.sep in text or text.endswith((".yaml", ".yml")):
+        return Path(path).expanduser()
+    names = shipped_constitutions()
+    if text in names:
+        return _shipped_folder() / f"{text}.yaml"
+    raise UserError(
+        f"constitution: there is no shipped one named {text!r}{did_you_mean(text, names)}"
+        f" (shipped: {', '.join(names)}; for a file of your own give its path, ending in .yaml)"
+    )
+
+
+# ---------------------------------------------------------------- schema
+
+_TOP = ("name", "version", "principles")
+_REQUESTS = ("critique_request", "revision_request", "preference_question")
+_TYPE_NAMES = {
+    bool: "true or false", int: "a number", float: "a number", str: "a text", list: "a list",
+    dict: "a mapping", date: "a date", datetime: "a date",
+}  # fmt: skip
+
+
+def _constitution(data, path: str) -> Constitution:
+    if data is None:
+        raise _fault(path, f"the file is empty; a constitution has {_listed(_TOP)}")
+    _check_keys(data, path, required=_TOP, optional=("few_shots",))
+    name, version = _line(data, "name", path), _line(data, "version", path)
+    principles = tuple(
+        _principle(item, f"{path}: principle {number}")
+        for number, item in enumerate(_list(data, "principles", path), start=1)
+    )
+    if not principles:
+        raise _fault(path, "principles is empty; write at least one")
+    _refuse_double_ids(principles, path)
+    critique, preference = _few_shots(data, path, [principle.id for principle in principles])
+    content = {
+        "name": name,
+        "version": version,
+        "principles": [principle.hash for principle in principles],
+        "critique": critique,
+        "preference": preference,
+    }
+    return Constitution(name, version, principles, critique, preference, content_hash(content), path)
+
+
+def _principle(data, where: str) -> Principle:
+    if isinstance(data, dict) and isinstance(data.get("id"), str) and data["id"].strip():
+        where = f"{where} ({_shown(data['id'])})"
+    _check_keys(data, where, required=("id", "title", "category", *_REQUESTS), optional=("check",))
+    content = {name: _line(data, name, where) for name in ("id", "title", "category")}
+    if len(content["id"].split()) > 1:
+        raise _fault(where, "id must not hold white space; write for example no_weapons")
+    content |= {name: _text(data, name, where) for name in _REQUESTS}
+    check = _check(data["check"], where) if "check" in data else None
+    # Bounds that are not set stay out of the hash: a new kind of rule changes no old hash.
+    hashed = content | ({"check": _set_bounds(check)} if check else {})
+    return Principle(**content, check=check, hash=content_hash(hashed))
+
+
+def _refuse_double_ids(principles: tuple[Principle, ...], path: str) -> None:
+    numbers = {}
+    for number, principle in enumerate(principles, start=1):
+        first = numbers.setdefault(principle.id, number)
+        if first != number:
+            where = f"{path}: principle {number} ({_shown(principle.id)})"
+            raise _fault(where, f"principle {first} has the same id; ids must differ")
+
+
+def _check(data, where: str) -> Check:
+    _check_keys(data, where, optional=tuple(_RULES), prefix="check")
+    if not data:
+        raise _fault(where, f"check is empty; remove it, or set {_listed(_RULES, last='or')}")
+    for name, bound in data.items():
+        if _RULES[name].type is int and (type(bound) is not int or bound < 1):
+            raise _fault(where, f"check.{name} must be a whole number of at least 1, not {_shown(bound)}")
+        if _RULES[name].type is str:
+            _require_text(bound, f"check.{name}", where, blank="")
+        if name.endswith("_pattern"):
+            _require_pattern(bound, f"check.{name}", where)
+    check = Check(**data)
+    if contradiction := _contradiction(check):
+        raise _fault(where, f"check: {contradiction}")
+    return check
+
+
+def _require_pattern(pattern: str, field: str, where: str) -> None:
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise _fault(where, f"{field} is not a Python regular expression: {error}") from None
+
+
+def _contradiction(check: Check) -> str | None:
+    """Why no text could keep the rule, where that is plain from the bounds."""
+    ends = {name: value for name in ("starts_with", "ends_with") if (value := getattr(check, name))}
+    if ends.get("starts_with", "x")[0].isspace() or ends.get("ends_with", "x")[-1].isspace():
+        return "starts_with cannot begin, nor ends_with end, with white space: the check does not see it"
+    most_words = check.max_words or math.inf
+    most_characters = check.max_characters or math.inf
+    least_words = check.min_words or 0
+    if least_words > most_words:
+        return f"min_words {least_words} is more than max_words {most_words}"
+    if 2 * least_words - 1 > most_characters:
+        return f"{_counted(least_words, 'word')} need more than max_characters {most_characters}"
+    for name, value in ends.items():
+        if len(value) > most_characters or len(value.split()) > most_words:
+            return f"{name} is longer than the check allows a text to be"
+    return None
+
+
+def _few_shots(data: dict, path: str, ids: list[str]) -> tuple[tuple, tuple]:
+    if "few_shots" not in data:
+        return (), ()
+    shots = data["few_shots"]
+    _check_keys(shots, path, optional=("critique", "preference"), prefix="few_shots")
+    return (
+        _examples(CritiqueExample, shots, "critique", path, ids),
+        _examples(PreferenceExample, shots, "preference", path, ids),
+    )
+
+
+def _examples(kind: type, shots: dict, name: str, path: str, ids: list[str]) -> tuple:
+    items = _list(shots, name, path, prefix="few_shots.") if name in shots else []
+    return tuple(
+        _example(kind, item, f"{path}: few_shots.{name} {number}", ids)
+        for number, item in enumerate(items, start=1)
+    )
+
+
+def _example(kind: type, data, where: str, ids: list[str]):
+    names = tuple(f.name for f in fields(kind))
+    _check_keys(data, where, required=names)
+    example = kind(**{name: _text(data, name, where) for name in names})
+    if example.principle not in ids:
+        nearest = did_you_mean(example.principle, ids)
+        raise _fault(where, f"principle names {_shown(example.principle)}, which is no principle{nearest}")
+    if kind is PreferenceExample and example.answer not in ("A", "B"):
+        raise _fault(where, f"answer must be A or B, not {_shown(example.answer)}")
+    if kind is PreferenceExample and example.response_a == example.response_b:
+        raise _fault(where, "response_a and response_b are the same text; one of them must be better")
+    return example
+
+
+# ---------------------------------------------------------------- fields
+
+
+def _check_keys(data, where: str, required=(), optional=(), prefix: str = "") -> None:
+    """`data` is a mapping that has every required field and none that is unknown."""
+    known = (*required, *optional)
+    if not isinstance(data, dict):
+        named = f"{prefix} must" if prefix else "must"
+        raise _fault(where, f"{named} be a mapping with {_listed(required or known)}, not {_type_name(data)}")
+    dot = f"{prefix}." if prefix else ""
+    for key in data:
+        if key not in known:
+            nearest = did_you_mean(str(key), known) or f" (known: {_listed(known)})"
+            raise _fault(where, f"unknown field {dot}{_shown(key)}{nearest}")
+    for name in required:
+        if name not in data:
+            raise _fault(where, f"field {dot}{name} is missing")
+
+
+def _list(data: dict, name: str, where: str, prefix: str = "") -> list:
+    if not isinstance(data[name], list):
+        raise _fault(where, f"{prefix}{name} must be a list, not {_type_name(data[name])}")
+    return data[name]
+
+
+def _text(data: dict, name: str, where: str) -> str:
+    """A text without the white space around it: how a YAML block ends is layout, not content."""
+    _require_text(data[name], name, where, blank=None)
+    return data[name].strip()
+
+
+def _line(data: dict, name: str, where: str) -> str:
+    text = _text(data, name, where)
+    if len(text.splitlines()) > 1:
+        raise _fault(where, f"{name} must be a single line")
+    return text
+
+
+def _require_text(value, name: str, where: str, blank: str | None) -> None:
+    """`value` is a text that holds more than `blank` (None: white space), and no control characters."""
+    if value is None or (isinstance(value, str) and not value.strip(blank)):
+        raise _fault(where, f"{name} is empty; write a text")
+    if not isinstance(value, str):
+        hint = "" if isinstance(value, (list, dict)) else "; put it in quotes"
+        raise _fault(where, f"{name} must be a text, not {_type_name(value)}{hint}")
+    for character in value:
+        if unicodedata.category(character) in ("Cc", "Cs") and character not in "\t\n":
+            raise _fault(where, f"{name} holds U+{ord(character):04X}, which does not belong in a text")
+
+
+def _type_name(value) -> str:
+    return "nothing" if value is None else _TYPE_NAMES.get(type(value), type(value).__name__)
+
+
+def _listed(names, last: str = "and") -> str:
+    *head, tail = names
+    return f"{', '.join(head)} {last} {tail}" if head else tail
+
+
+def _shown(value) -> str:
+    text = value if isinstance(value, str) else repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _one_line(message: str) -> str:
+    return " ".join(message.split())
+
+
+def _fault(where: str, what: str) -> UserError:
+    return UserError(_one_line(f"{where}: {what}"))

@@ -1,0 +1,86 @@
+"""Where arrays live: one mesh, one ordered table from leaf names to partition specs.
+
+Axes: `data` (rows), `fsdp` (rows, and weights split along one axis), `tensor` (heads and feed-forward).
+Optimizer moments and value models use the same table, because their leaves carry the same names.
+"""
+
+import re
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from cai_jax.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+ROWS = P(("data", "fsdp"))
+
+# The last name of a leaf decides. Layers are stacked: their first axis is L.
+TABLE = (
+    (r"embed$", P("tensor", "fsdp")),
+    (r"lm_head$", P("fsdp", "tensor")),
+    (r"layers/(q|k|v|gate|up)$", P(None, "fsdp", "tensor")),
+    (r"layers/(o|down)$", P(None, "tensor", "fsdp")),
+    (r"layers/(q|k|v|gate|up)_bias$", P(None, "tensor")),
+    (r"layers/(o|down)_bias$", P()),
+    (r"layers/\w*norm$", P()),
+    (r"final_norm$", P()),
+    (r"score$", P()),
+)
+
+
+def make_mesh(config, devices=None) -> jax.sharding.Mesh:
+    """The mesh of a `config.Mesh` over all devices; one axis may be -1. Raises UserError when it does not fit."""
+    devices = jax.devices() if devices is None else devices
+    sizes = [config.data, config.fsdp, config.tensor]
+    free = [i for i, size in enumerate(sizes) if size == -1]
+    fixed = int(np.prod([size for size in sizes if size != -1]))
+    if len(free) > 1 or fixed < 1 or len(devices) % fixed or (not free and fixed != len(devices)):
+        raise UserError(
+            f"mesh data={sizes[0]} fsdp={sizes[1]} tensor={sizes[2]} does not fit {len(devices)} devices: "
+            "set sizes whose product is that number, one of them may be -1"
+        )
+    if free:
+        sizes[free[0]] = len(devices) // fixed
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def shardings(mesh, tree):
+    """A NamedSharding for every leaf of a pytree of arrays or shapes; leaves of rank 0 are replicated.
+
+    Raises UserError for a leaf that no row of the table names, or that the mesh does not divide.
+    """
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: _sharding(mesh, leaf_name(path), leaf.shape), tree)
+
+
+def leaf_name(path) -> str:
+    """`layers/q` for the path of a leaf in a pytree."""
+    return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
+
+
+def _sharding(mesh, name: str, shape) -> NamedSharding:
+    if not shape:
+        return NamedSharding(mesh, P())
+    for pattern, spec in TABLE:
+        if re.search(rf"(^|/){pattern}", name):
+            _check_divides(mesh, name, shape, spec)
+            return NamedSharding(mesh, spec)
+    raise UserError(f"no sharding for leaf '{name}' of shape {tuple(shape)}: add its name to TABLE in mesh.py")
+
+
+def _check_divides(mesh, name, shape, spec):
+    for axis, (size, mesh_axis) in enumerate(zip(shape, spec, strict=False)):
+        if mesh_axis is None or size % mesh.shape[mesh_axis] == 0:
+            continue
+        fitting = [n for n in range(1, mesh.devices.size + 1) if size % n == 0]
+        raise UserError(
+            f"mesh axis {mesh_axis}={mesh.shape[mesh_axis]} does not divide axis {axis} (size {size}) of leaf '{name}': "
+            f"set mesh.{mesh_axis} to one of {fitting}"
+        )
+
+
+def put_rows(mesh, batch):
+    """Host arrays with rows first, split over the data axes (every process holds its own rows)."""
+    sharding = NamedSharding(mesh, ROWS)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)

@@ -1,0 +1,287 @@
+"""Hugging Face folders: reading one into params tensor by tensor, writing params back so that transformers loads them.
+
+A checkpoint is read leaf by leaf, and of a leaf only what each device holds, in the target dtype; the whole model
+is never twice in host memory. A folder is written beside its place and renamed, with the same bytes every time.
+"""
+
+import copy
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from cai_jax.errors import UserError
+from cai_jax.models import families
+from cai_jax.models.byte_tokenizer import VOCAB_SIZE, byte_tokenizer
+from cai_jax.models.families import FAMILIES, ModelConfig, config_from_hf
+from cai_jax.models.safetensors_files import Checkpoint, read_json, write_json, write_weights
+
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "chat_template.jinja",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A model at hand. `hash` names its content: the bytes of weights, config and tokenizer files."""
+
+    config: ModelConfig
+    params: dict
+    tokenizer: Any  # of transformers, or None where the folder has none
+    hf_config: dict
+    kind: str  # policy | reward
+    hash: str
+
+
+def load_model(source, dtype="float32", kind=None, shardings=None, new_head=False, seed=0) -> Model:
+    """Load a model.
+
+    Args:
+        source: a Hugging Face folder, a hub id, a .gguf file, or `random:<family>` (a tiny random model).
+        dtype: of the params, whatever the file holds.
+        kind: policy or reward; None: what the folder says.
+        shardings: a pytree of shardings like the params, or a function from `families.param_shapes` to one; None:
+            everything on the first device.
+        new_head: with kind reward, start a score head (normal, deviation 1/sqrt(D+1): Stiennon et al. 2020,
+            arXiv 2009.01325) drawn from `seed` where the folder has none.
+
+    Raises UserError naming what is wrong: folder, file, tensor, architecture.
+    """
+    source = str(source)
+    if source.startswith("random:"):
+        return _random_model(source, dtype, kind or "policy", shardings, seed)
+    folder = _resolve(source)
+    hf_config = read_json(folder / "config.json")
+    config = _config_of(folder, hf_config)
+    checkpoint = Checkpoint(folder)
+    stored = "reward" if checkpoint.has_score(hf_config) else "policy"
+    kind = kind or stored
+    if (stored, kind) == ("reward", "policy"):
+        raise UserError(f"{folder}: holds a reward model, not a policy: name a language model here")
+    if (stored, kind) == ("policy", "reward") and not new_head:
+        raise UserError(f"{folder}: holds no score head: name a reward model here, or train one from it first")
+    names = families.tensor_names(config, stored)
+    shapes = families.leaf_shapes(config, stored)
+    checkpoint.check(names, shapes, config)
+
+    digest = _hash_folder(folder, checkpoint.paths)
+    targets = _targets(config, kind, shardings)
+    leaves = {}
+    for leaf in targets:
+        if leaf in names:
+            leaves[leaf] = checkpoint.read(names[leaf], shapes[leaf], dtype, targets[leaf])
+    if kind != stored:
+        leaves["score"] = jax.device_put(_new_head(config, seed).astype(dtype), targets["score"])
+        digest = hashlib.sha256(f"{digest} score head {seed}".encode()).hexdigest()
+    return Model(config, families.nest(leaves), _load_tokenizer(folder), hf_config, kind, digest)
+
+
+def model_hash(source) -> str:
+    """The `hash` that a model folder, hub id or .gguf file has when it is loaded, without loading its weights."""
+    folder = _resolve(str(source))
+    return _hash_folder(folder, Checkpoint(folder).paths)
+
+
+def _random_model(source: str, dtype, kind: str, shardings, seed: int) -> Model:
+    hf_config = families.tiny_hf_config(source.removeprefix("random:"), VOCAB_SIZE)
+    config = config_from_hf(hf_config, source)
+    targets = _targets(config, kind, shardings)
+    digest = hashlib.sha256(json.dumps([kind, hf_config], sort_keys=True).encode())
+    leaves = {}
+    for leaf, value in families.flatten(families.random_params(config, kind, seed)).items():
+        digest.update(np.asarray(value).tobytes())
+        leaves[leaf] = jax.device_put(value.astype(dtype), targets[leaf])
+    return Model(config, families.nest(leaves), byte_tokenizer(), hf_config, kind, digest.hexdigest())
+
+
+def _new_head(config: ModelConfig, seed: int) -> np.ndarray:
+    rng = np.random.default_rng([seed, config.d_model])
+    return rng.standard_normal((config.d_model, 1), np.float32) / math.sqrt(config.d_model + 1)
+
+
+def _targets(config: ModelConfig, kind: str, shardings) -> dict:
+    """Leaf name -> sharding."""
+    shapes = families.param_shapes(config, kind)
+    if shardings is None:
+        shardings = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.local_devices()[0]), shapes)
+    elif callable(shardings):
+        shardings = shardings(shapes)
+    return families.flatten(shardings)
+
+
+# ---- finding and reading a folder
+
+
+def _resolve(source: str) -> Path:
+    """The folder of a source; a GGUF file is converted once, a hub id is fetched."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    if path.suffix == ".gguf":
+        return _converted(path)
+    if path.exists():
+        raise UserError(f"{source}: not a model: name a Hugging Face folder, a hub id or a .gguf file")
+    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", source):
+        raise UserError(f"{source}: no such folder: name a Hugging Face folder, a hub id or a .gguf file")
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    try:
+        return Path(snapshot_download(source, allow_patterns=patterns))
+    except Exception as error:  # many kinds: no network, no such repository, no permission
+        reason = str(error).strip().split("\n")[0][:200]
+        raise UserError(
+            f"{source}: no such folder, and the Hugging Face hub did not give it ({type(error).__name__}: {reason}): "
+            "check the name and the network, or name a local folder"
+        ) from None
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: $CAI_JAX_CACHE, or ~/.cache/cai_jax."""
+    return Path(os.environ.get("CAI_JAX_CACHE") or "~/.cache/cai_jax").expanduser()
+
+
+def _converted(path: Path) -> Path:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file: name a Hugging Face folder, a hub id or a .gguf file")
+    digest = hashlib.sha256()
+    _hash_file(path, digest)
+    folder = cache_folder() / f"{path.stem}-{digest.hexdigest()[:16]}"
+    if not (folder / "config.json").exists():
+        from cai_jax.models.gguf import convert_gguf
+
+        convert_gguf(path, folder)
+    return folder
+
+
+def _config_of(folder: Path, hf_config: dict) -> ModelConfig:
+    """The config, with the ends of text that generation_config.json adds (chat models list several there)."""
+    config = config_from_hf(hf_config, str(folder / "config.json"))
+    if (folder / "generation_config.json").exists():
+        more = families.as_ids(read_json(folder / "generation_config.json").get("eos_token_id"))
+        config = replace(config, eos_ids=tuple(dict.fromkeys((*config.eos_ids, *more))))
+    return config
+
+
+def _load_tokenizer(folder: Path):
+    if not any((folder / name).exists() for name in _TOKENIZER_FILES):
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # tokenizers raises bare exceptions
+        reason = str(error).strip().split("\n")[0][:200]
+        raise UserError(f"{folder}: its tokenizer does not load ({reason}): restore the files") from None
+
+
+def _hash_folder(folder: Path, weights: list[Path]) -> str:
+    """One sha256 over names and bytes of all files that make the model what it is."""
+    others = ("config.json", "generation_config.json", *_TOKENIZER_FILES)
+    digest = hashlib.sha256()
+    for path in sorted([*weights, *(folder / name for name in others)]):
+        if path.exists():
+            digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+            _hash_file(path, digest)
+    return digest.hexdigest()
+
+
+def _hash_file(path: Path, digest):
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+
+
+# ---- writing a folder
+
+
+def save_model(folder, config: ModelConfig, params, tokenizer, hf_config: dict, kind: str, metadata=None) -> str:
+    """Write a folder that transformers loads, in the dtype of the params; returns its content hash.
+
+    `params` are plain arrays (numpy or jax, sharded or not); one tensor at a time comes to the host. `metadata`
+    (strings) goes into the safetensors header. The folder appears whole or not at all, and replaces one that is
+    there. Among several processes all must call, and the first writes.
+    """
+    folder = Path(folder)
+    temporary, old = folder.with_name(folder.name + ".tmp"), folder.with_name(folder.name + ".old")
+    writes = jax.process_index() == 0
+    try:
+        if writes:
+            for leftover in (temporary, old):
+                shutil.rmtree(leftover, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            _write_configs(temporary, config, params, tokenizer, hf_config, kind)
+        write_weights(temporary if writes else None, config, params, kind, metadata or {})
+        if writes:
+            if folder.exists():
+                os.replace(folder, old)
+            os.replace(temporary, folder)
+            shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise UserError(f"{folder}: the model cannot be written ({error.strerror or error}): make room or choose "
+                        "another run folder") from None  # fmt: skip
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(f"save {folder}")
+    return _hash_folder(folder, sorted(folder.glob("*.safetensors")))
+
+
+def _write_configs(folder: Path, config, params, tokenizer, hf_config, kind):
+    family = FAMILIES[config.family]
+    drop = ("torch_dtype", "num_labels", "id2label", "label2id", "problem_type")
+    written = {key: value for key, value in hf_config.items() if key not in drop}
+    written["dtype"] = str(params["embed"].dtype)
+    if kind == "reward":
+        pad_id = reward_pad_id(config, tokenizer)
+        written |= {"architectures": [family.reward_class], "pad_token_id": pad_id}
+        written |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+        if tokenizer is not None and pad_id is not None:
+            tokenizer = copy.deepcopy(tokenizer)
+            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad_id)
+    else:
+        written["architectures"] = [family.policy_class]
+        eos = config.eos_ids[0] if len(config.eos_ids) == 1 else list(config.eos_ids) or None
+        ids = {"bos_token_id": config.bos_id, "eos_token_id": eos, "pad_token_id": config.pad_id}
+        write_json(folder / "generation_config.json", {key: value for key, value in ids.items() if value is not None})
+    write_json(folder / "config.json", written)
+    if tokenizer is not None:
+        _write_tokenizer(folder, tokenizer)
+
+
+def reward_pad_id(config: ModelConfig, tokenizer) -> int | None:
+    """The pad token of a reward model: never the end of text.
+
+    transformers reads the score at the last token that is not the pad token. Where they are one token it would miss
+    the end of text, which is where the score is trained; then another control token becomes the pad.
+    """
+    ends = set(config.eos_ids[:1])
+    candidates = [config.pad_id]
+    if tokenizer is not None:
+        ends.add(tokenizer.eos_token_id)
+        candidates += [tokenizer.pad_token_id, tokenizer.unk_token_id]
+        candidates += [token for token in tokenizer.all_special_ids if token != tokenizer.bos_token_id]
+    usable = [token for token in candidates if token is not None]
+    return next((token for token in usable if token not in ends), usable[0] if usable else next(iter(ends), None))
+
+
+def _write_tokenizer(folder: Path, tokenizer):
+    """The tokenizer without what its use has left in it (padding, truncation, where it was loaded from)."""
+    tokenizer = copy.deepcopy(tokenizer)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        backend.no_padding()
+        backend.no_truncation()
+    for key in ("is_local", "local_files_only", "name_or_path", "max_length", "stride", "truncation_strategy",
+                "pad_to_multiple_of", "pad_token_type_id"):  # fmt: skip
+        tokenizer.init_kwargs.pop(key, None)
+    tokenizer.save_pretrained(folder)

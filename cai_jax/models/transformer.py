@@ -1,0 +1,182 @@
+"""The decoder, pure functions over a pytree of weights; every family is the same code with other numbers.
+
+Letters: B rows, T tokens, S keys, L layers, D model, F feed-forward, H query heads, K key/value heads,
+G query heads a key/value head, N head size, V vocabulary.
+
+A token has a position; a pad has position -1. Who sees whom follows from positions (and segments, where sequences
+are packed) alone, so left padding, right padding, packing and a key/value cache are one rule.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cai_jax.models.families import ModelConfig, inverse_frequencies
+from cai_jax.models.kernels import dot, dot_transposed
+
+NEGATIVE = -1e30  # finite: a row that sees nothing must not become NaN
+
+
+def forward(config: ModelConfig, params, tokens_BT, mask_BT=None):
+    """Next-token logits `[B, T, V]` in float32. `mask_BT`: 1 for real tokens; left or right padding.
+
+    Positions follow the mask. Logits at pads are finite and mean nothing.
+    """
+    hidden_BTD = hidden_states(config, params, tokens_BT, positions_from_mask(tokens_BT, mask_BT))
+    return unembed(config, params, hidden_BTD)
+
+
+def positions_from_mask(tokens_BT, mask_BT=None):
+    """Position of every token in its row, -1 at pads."""
+    if mask_BT is None:
+        return jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
+    mask_BT = jnp.asarray(mask_BT).astype(jnp.int32)
+    return jnp.where(mask_BT > 0, jnp.cumsum(mask_BT, axis=1) - 1, -1)
+
+
+def hidden_states(config: ModelConfig, params, tokens_BT, positions_BT, segments_BT=None, remat="none"):
+    """Final-norm hidden states `[B, T, D]`, float32.
+
+    `segments_BT` keeps packed sequences apart; `remat="full"` recomputes each layer in the backward pass.
+    """
+    x_BTD = embed(config, params, tokens_BT)
+    rope_RBTN = rope_tables(config, positions_BT)
+
+    def layer(x_BTD, scanned):
+        weights, window, rope = scanned
+
+        def attend(q_BTHN, k_BTKN, v_BTKN):
+            visible_BTS = visible(positions_BT, positions_BT, window, segments_BT, segments_BT)
+            return attention(config, q_BTHN, k_BTKN, v_BTKN, visible_BTS)
+
+        return block(config, weights, x_BTD, rope_RBTN[rope], attend), None
+
+    if remat == "full":
+        layer = jax.checkpoint(layer)
+    windows_L, rope_of_layer_L = layer_data(config)
+    with jax.named_scope("layers"):
+        x_BTD, _ = jax.lax.scan(layer, x_BTD, (params["layers"], windows_L, rope_of_layer_L))
+    return rms_norm(config, x_BTD, params["final_norm"])
+
+
+def layer_data(config: ModelConfig):
+    """What differs from layer to layer, as arrays to scan: windows and rope kinds, `[L]` each."""
+    full = np.iinfo(np.int32).max
+    windows_L = np.asarray([window or full for window in config.windows], np.int32)
+    return jnp.asarray(windows_L), jnp.asarray(config.rope_of_layer, jnp.int32)
+
+
+def embed(config: ModelConfig, params, tokens_BT):
+    """Token embeddings `[B, T, D]`, float32, scaled where the family scales them."""
+    table = params["embed"]
+    x_BTD = table[tokens_BT].astype(jnp.promote_types(table.dtype, jnp.float32))
+    return x_BTD * config.embed_scale if config.embed_scale != 1.0 else x_BTD
+
+
+def unembed(config: ModelConfig, params, hidden_BTD):
+    """Logits in float32 from final-norm hidden states, soft-capped where the family does."""
+    with jax.named_scope("unembed"):
+        if config.tie_embeddings:
+            logits = dot_transposed(hidden_BTD, params["embed"])
+        else:
+            logits = dot(hidden_BTD, params["lm_head"])
+    return softcap(logits, config.logit_softcap)
+
+
+def block(config: ModelConfig, weights, x_BTD, rope_BTN, attend):
+    """One layer: attention and feed-forward, each with its residual. `attend(q, k, v)` owns the keys' memory."""
+    with jax.named_scope("attention"):
+        h_BTD = rms_norm(config, x_BTD, weights["attn_norm"])
+        q_BTHN, k_BTKN, v_BTKN = project_qkv(config, weights, h_BTD, rope_BTN)
+        mixed = attend(q_BTHN, k_BTKN, v_BTKN).reshape(*x_BTD.shape[:-1], -1)
+        out_BTD = linear(weights, "o", mixed)
+        if config.post_norms:
+            out_BTD = rms_norm(config, out_BTD, weights["attn_post_norm"])
+        x_BTD = x_BTD + out_BTD
+    with jax.named_scope("feed_forward"):
+        h_BTD = rms_norm(config, x_BTD, weights["mlp_norm"])
+        out_BTD = feed_forward(config, weights, h_BTD)
+        if config.post_norms:
+            out_BTD = rms_norm(config, out_BTD, weights["mlp_post_norm"])
+        return x_BTD + out_BTD
+
+
+def project_qkv(config: ModelConfig, weights, h_BTD, rope_BTN):
+    """Queries, keys and values by head, normalised and rotated. Takes separate or fused (`qkv`) kernels."""
+    sizes = (config.n_heads, config.n_kv_heads, config.n_kv_heads)
+    if "qkv" in weights:
+        ends = np.cumsum(np.asarray(sizes) * config.head_dim)[:-1]
+        flat = jnp.split(linear(weights, "qkv", h_BTD), ends, axis=-1)
+    else:
+        flat = [linear(weights, name, h_BTD) for name in "qkv"]
+    q, k, v = (x.reshape(*x.shape[:-1], heads, config.head_dim) for x, heads in zip(flat, sizes, strict=True))
+    if config.qk_norm:
+        q, k = rms_norm(config, q, weights["q_norm"]), rms_norm(config, k, weights["k_norm"])
+    return rotate(q, rope_BTN), rotate(k, rope_BTN), v
+
+
+def feed_forward(config: ModelConfig, weights, h_BTD):
+    """Gated feed-forward. Takes separate or fused (`gate_up`) kernels."""
+    if "gate_up" in weights:
+        gate_BTF, up_BTF = jnp.split(linear(weights, "gate_up", h_BTD), 2, axis=-1)
+    else:
+        gate_BTF, up_BTF = linear(weights, "gate", h_BTD), linear(weights, "up", h_BTD)
+    if config.activation == "silu":
+        gate_BTF = jax.nn.silu(gate_BTF)
+    else:
+        gate_BTF = jax.nn.gelu(gate_BTF, approximate=True)
+    return linear(weights, "down", gate_BTF * up_BTF)
+
+
+def linear(weights, name, x):
+    """Product with a named kernel, plus its bias where there is one."""
+    y = dot(x, weights[name])
+    bias = weights.get(f"{name}_bias")
+    return y if bias is None else y + bias.astype(y.dtype)
+
+
+def rms_norm(config: ModelConfig, x, scale):
+    """Root-mean-square norm over the last axis, in float32; Gemma's scale counts from one."""
+    variance = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+    return x * jax.lax.rsqrt(variance + config.norm_eps) * (config.norm_offset + scale.astype(x.dtype))
+
+
+def rope_tables(config: ModelConfig, positions_BT):
+    """Cosines and sines of every rope kind, side by side: `[R, B, T, N]` (first half cos, second half sin)."""
+    frequencies_RN = np.stack([inverse_frequencies(kind, config.head_dim) for kind in config.rope_kinds])
+    angles = positions_BT[None, :, :, None].astype(jnp.float32) * frequencies_RN[:, None, None, :]
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def rotate(x_BTHN, rope_BTN):
+    """Rotary embedding in the split-halves form of Hugging Face."""
+    cos, sin = jnp.split(rope_BTN[:, :, None, :], 2, axis=-1)
+    first, second = jnp.split(x_BTHN, 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def visible(query_positions_BT, key_positions_BS, window, query_segments_BT=None, key_segments_BS=None):
+    """Which keys a query may see `[B, T, S]`: real, not later, inside the window, of its own segment or of segment 0."""
+    distance = query_positions_BT[:, :, None] - key_positions_BS[:, None, :]
+    seen = (distance >= 0) & (distance < window) & (key_positions_BS >= 0)[:, None, :]
+    if query_segments_BT is not None:
+        own = query_segments_BT[:, :, None] == key_segments_BS[:, None, :]
+        seen &= own | (key_segments_BS == 0)[:, None, :]
+    return seen
+
+
+def attention(config: ModelConfig, q_BTHN, k_BSKN, v_BSKN, visible_BTS):
+    """Grouped-query attention in plain XLA; scores and softmax in float32. Returns `[B, T, H, N]`."""
+    rows, length, heads, size = q_BTHN.shape
+    q_BTKGN = q_BTHN.reshape(rows, length, config.n_kv_heads, -1, size)
+    scores = jnp.einsum("btkgn,bskn->bkgts", q_BTKGN, k_BSKN, preferred_element_type=q_BTHN.dtype)
+    scores = softcap(scores * config.query_scale, config.attn_softcap)
+    scores = jnp.where(visible_BTS[:, None, None], scores, NEGATIVE)
+    probabilities = jax.nn.softmax(scores, axis=-1).astype(v_BSKN.dtype)
+    mixed = jnp.einsum("bkgts,bskn->btkgn", probabilities, v_BSKN, preferred_element_type=q_BTHN.dtype)
+    return mixed.reshape(rows, length, heads, size)
+
+
+def softcap(x, cap):
+    """Gemma 2's soft cap, `cap * tanh(x / cap)`; 0 is off."""
+    return cap * jnp.tanh(x / cap) if cap else x

@@ -1,0 +1,122 @@
+"""The losses of the train steps as functions of parameters and a batch.
+
+Each builder returns an objective for `training.step`: `(params, batch) -> (sum of losses, weight, sums of metrics)`.
+Batches are dicts of arrays with rows first; what is in them stands with each builder.
+"""
+
+import jax.numpy as jnp
+
+from cai_jax.models.families import ModelConfig
+from cai_jax.models.heads import last_real, values
+from cai_jax.models.kernels import cast
+from cai_jax.models.transformer import hidden_states, unembed
+
+from . import pairwise, ppo, sft
+from .logprobs import masked_sum, token_logprobs
+
+
+def sft_objective(config: ModelConfig, compute_dtype="float32", remat="none"):
+    """Negative log-likelihood of completion tokens in packed rows.
+
+    Batch: `tokens`, `positions`, `segments`, `targets` (1 at completion tokens), `[B, T]` each; see `batches.pack`.
+    The weight is the number of completion tokens.
+    """
+
+    def objective(params, batch):
+        hidden_BTD = hidden_states(
+            config, cast(params, compute_dtype), batch["tokens"], batch["positions"], batch["segments"], remat
+        )
+        head = _head(config, params, compute_dtype)
+        logprobs_BT, _ = token_logprobs(hidden_BTD[:, :-1], head, batch["tokens"][:, 1:])
+        loss, count = sft.token_loss_sums(logprobs_BT, batch["targets"][:, 1:])
+        return loss, count, {}
+
+    return objective
+
+
+def reward_objective(config: ModelConfig, compute_dtype="float32", remat="none", center=0.0):
+    """Bradley-Terry with soft targets on pairs.
+
+    Batch: `tokens` and `positions` `[B, 2, T]` (the two responses of a pair, right-padded), `probability` `[B]` that
+    the first is better, `real` `[B]` (0 for an empty row). The weight is the number of pairs.
+    """
+
+    def objective(params, batch):
+        pairs, _, length = batch["tokens"].shape
+        tokens, positions = (batch[name].reshape(2 * pairs, length) for name in ("tokens", "positions"))
+        values_BT = values(config, cast(params, compute_dtype), tokens, positions, remat)
+        first_B, second_B = last_real(values_BT, positions).reshape(pairs, 2).T
+        terms_B = pairwise.bradley_terry_terms(first_B, second_B, batch["probability"], center=center)
+        agrees_B = (first_B > second_B) == (batch["probability"] > 0.5)
+        loss, count = masked_sum(terms_B, batch["real"])
+        accuracy, _ = masked_sum(agrees_B.astype(jnp.float32), batch["real"])
+        margin, _ = masked_sum(jnp.abs(first_B - second_B), batch["real"])
+        return loss, count, {"accuracy": accuracy, "margin": margin}
+
+    return objective
+
+
+def ppo_objective(
+    config: ModelConfig,
+    value_config: ModelConfig,
+    compute_dtype="float32",
+    remat="none",
+    *,
+    temperature: float,
+    clip: float,
+    value_clip: float,
+    value_coef: float,
+):
+    """Clipped policy loss plus clipped value loss; `params` are `{"policy": ..., "value": ...}`.
+
+    Batch: `tokens` and `positions` `[B, P + N]` (prompt left-padded to P, completion from P on), and for the
+    completion `[B, N]`: `mask`, `old_logprobs` (recorded by the sampler), `old_values`, `advantages`, `returns`.
+    Logits are divided by the temperature of the rollouts. The weight is the number of completion tokens.
+    """
+
+    def objective(params, batch):
+        logprobs_BN, entropy_BN = completion_logprobs(
+            config, params["policy"], batch["tokens"], batch["positions"], batch["mask"], temperature, compute_dtype, remat
+        )
+        values_BN = completion_values(
+            value_config, params["value"], batch["tokens"], batch["positions"], batch["mask"], compute_dtype, remat
+        )
+        mask = batch["mask"]
+        policy_BN, policy_metrics = ppo.policy_terms(
+            logprobs_BN, batch["old_logprobs"], batch["advantages"], mask, clip
+        )
+        value_BN, value_metrics = ppo.value_terms(values_BN, batch["old_values"], batch["returns"], mask, value_clip)
+        sums = {
+            "policy_loss": policy_BN,
+            "value_loss": value_BN,
+            "entropy": entropy_BN,
+            "policy_clip_fraction": policy_metrics["clip_fraction"],
+            "value_clip_fraction": value_metrics["clip_fraction"],
+            "approx_kl": policy_metrics["approx_kl"],
+        }
+        loss, count = masked_sum(policy_BN + value_coef * value_BN, mask)
+        return loss, count, {name: masked_sum(x, mask)[0] for name, x in sums.items()}
+
+    return objective
+
+
+def completion_logprobs(
+    config, params, tokens_BT, positions_BT, mask_BN, temperature=1.0, compute_dtype="float32", remat="none"
+):
+    """Log-probs and entropies `[B, N]` of the last N tokens of every row under softmax(logits / temperature)."""
+    start = tokens_BT.shape[1] - mask_BN.shape[1]
+    hidden_BTD = hidden_states(config, cast(params, compute_dtype), tokens_BT, positions_BT, remat=remat)
+    head = _head(config, params, compute_dtype)
+    return token_logprobs(hidden_BTD[:, start - 1 : -1], head, tokens_BT[:, start:], temperature=temperature)
+
+
+def completion_values(config, params, tokens_BT, positions_BT, mask_BN, compute_dtype="float32", remat="none"):
+    """Value `[B, N]` of the state before each of the last N tokens."""
+    start = tokens_BT.shape[1] - mask_BN.shape[1]
+    return values(config, cast(params, compute_dtype), tokens_BT, positions_BT, remat)[:, start - 1 : -1]
+
+
+def _head(config: ModelConfig, params, compute_dtype):
+    """Hidden states to logits. The cast stands inside, so that slabs add their gradients in the stored dtype."""
+    name = "embed" if config.tie_embeddings else "lm_head"
+    return lambda hidden: unembed(config, cast({name: params[name]}, compute_dtype), hidden)

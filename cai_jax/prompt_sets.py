@@ -1,0 +1,411 @@
+"""Prompts of a run: our own sets, a user's file, a folder saved by `datasets`, or a hub dataset.
+
+A set that cannot be read at all is a `UserError`; a row that cannot be used is named in `skipped` and the
+rest goes on. Nothing here knows a model: whether a prompt fits into a context is the stages' business.
+"""
+
+import csv
+import dataclasses
+import difflib
+import glob
+import gzip
+import importlib.resources
+import io
+import json
+import re
+import tempfile
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from cai_jax import config
+from cai_jax.errors import UserError
+from cai_jax.provenance import content_hash
+
+ROLES = ("system", "user", "assistant")
+_SHIPPED = importlib.resources.files("cai_jax") / "data" / "prompts"
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_TRANSCRIPT_TURN = re.compile(r"\n\n(Human|Assistant):")
+_OPTIONAL_COLUMNS = {"id": "id", "category": "category"}  # defaults that data may lack without a word
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """A conversation that waits for an answer: `messages` are {role, content} and end with a user turn."""
+
+    id: str
+    category: str
+    messages: tuple[dict[str, str], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptRows:
+    """The usable prompts of a set in file order.
+
+    `skipped` names the others ({"id", "reason"}); `hash` is the sha256 of what `rows` say, in order.
+    """
+
+    rows: tuple[Prompt, ...]
+    skipped: tuple[dict[str, str], ...]
+    hash: str
+
+
+def load_prompts(prompt_set: config.PromptSet, name: str) -> PromptRows:
+    """Read the set that stands under `prompts.<name>` in a config.
+
+    The prompt column holds a text, a list of {role, content}, or a transcript "\\n\\nHuman: ...\\n\\nAssistant:
+    ..." as in HH-RLHF (Bai et al. 2022, arXiv 2204.05862). Earlier turns are kept, a last assistant turn is
+    dropped, turns of one role in a row become one. A row without an id is called `<name>-<row number>`,
+    counted over the whole file, whatever the split.
+
+    Raises UserError (one line: what, where, how to mend) for a set that is missing, malformed, has no such
+    column or split, or no usable row.
+    """
+    where = f"prompts.{name} ({prompt_set.path})"
+    if prompt_set.limit < 0:
+        raise UserError(f"{where}: limit is {prompt_set.limit}; give 0 for all rows, or a positive number")
+    records, split = _read(prompt_set, where)
+    if not records:
+        raise UserError(f"{where} is empty; give a set with at least one row")
+    _check_columns(records, prompt_set, where)
+    numbered = list(enumerate(records, start=1))
+    if split:
+        numbered = _rows_of_split(numbered, split, where)
+    prompts, skipped = _usable(numbered, prompt_set, name)
+    if not prompts:
+        raise UserError(
+            f"{where}: none of {len(numbered)} rows can be used (first: {skipped[0]['id']}: "
+            f"{skipped[0]['reason']}); check the column {prompt_set.prompt!r}"
+        )
+    if prompt_set.limit:
+        prompts = _spread(prompts, prompt_set.limit)
+    return PromptRows(tuple(prompts), tuple(skipped), content_hash([dataclasses.asdict(prompt) for prompt in prompts]))
+
+
+def check_disjoint(train: Mapping[str, PromptRows], evaluation: Mapping[str, PromptRows]) -> None:
+    """Refuse a prompt that stands in a train set and in an eval set; case and white space do not count.
+
+    Args:
+      train, evaluation: name of a set -> its rows.
+
+    Raises UserError that names the ids on both sides.
+    """
+    trained = {
+        _conversation_key(prompt.messages): f"{name} {prompt.id}"
+        for name, prompts in train.items()
+        for prompt in prompts.rows
+    }
+    shared = [
+        f"{trained[key]} = {name} {prompt.id}"
+        for name, prompts in evaluation.items()
+        for prompt in prompts.rows
+        if (key := _conversation_key(prompt.messages)) in trained
+    ]
+    if shared:
+        more = f" and {len(shared) - 5} more" if len(shared) > 5 else ""
+        raise UserError(
+            f"prompts to train on stand in an eval set too: {'; '.join(shared[:5])}{more}; "
+            "take them out of one side, or choose other splits"
+        )
+
+
+# --- reading -----------------------------------------------------------------------------------------------
+
+
+def _read(prompt_set: config.PromptSet, where: str) -> tuple[list[dict], str]:
+    """All records of the set, and the value of the column "split" that is still to be chosen ("": none)."""
+    if prompt_set.path.startswith("shipped:"):
+        return _read_shipped(prompt_set.path.removeprefix("shipped:"), where), prompt_set.split
+    path = Path(prompt_set.path).expanduser()
+    if path.is_dir():
+        return _read_folder(path, prompt_set.split, where)
+    readers = {".jsonl": _read_json, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
+    reader = readers.get(Path(path.name.removesuffix(".gz")).suffix)
+    if path.name.endswith(".parquet.gz") or (path.is_file() and reader is None):
+        kinds = ".jsonl, .json, .csv (each also .gz) or .parquet"
+        raise UserError(f"{where}: not a kind of file that can be read; give {kinds}, or a folder")
+    if path.is_file():
+        return reader(path, where), prompt_set.split
+    if reader is None and _HUB_ID.fullmatch(prompt_set.path):
+        return _read_hub(prompt_set.path, prompt_set.split, where), ""
+    raise UserError(f"{where}: no such file or folder; check the path")
+
+
+def _read_shipped(name: str, where: str) -> list[dict]:
+    names = sorted(entry.name.removesuffix(".jsonl") for entry in _SHIPPED.iterdir())
+    if name not in names:
+        raise UserError(f"{where}: no shipped set {name!r}{_nearest(name, names)}")
+    with importlib.resources.as_file(_SHIPPED / f"{name}.jsonl") as path:
+        return _read_json(path, where)
+
+
+def _read_text(path: Path, where: str) -> str:
+    """The text of a file, unzipped if need be; white space inside it is left as it is."""
+    opened = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opened(path, "rt", encoding="utf-8-sig", newline="") as file:
+            return file.read()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+    except (OSError, EOFError, zlib.error) as error:  # gzip: bad magic, cut short, damaged
+        raise UserError(f"{where} cannot be read ({_one_line(error)}); check the file") from error
+
+
+def _read_json(path: Path, where: str) -> list[dict]:
+    """Objects one a line, or a list of objects.
+
+    Parsed here and not by `datasets`, which names no line, turns a column of dates into timestamps, and
+    guesses the types of a large file from its first part.
+    """
+    text = _read_text(path, where)
+    if text.lstrip().startswith("["):
+        placed = [(f"entry {n} of the list", row) for n, row in enumerate(_parse_json(text, 1, where), 1)]
+    else:
+        lines = enumerate(text.split("\n"), 1)
+        placed = [(f"line {n}", _parse_json(line, n, where)) for n, line in lines if line.strip()]
+    for place, record in placed:
+        if not isinstance(record, dict):
+            raise UserError(f"{where}, {place} is not a JSON object; write {{...}} there")
+    return [record for _, record in placed]
+
+
+def _parse_json(text: str, first_line: int, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        problem = f"line {first_line + error.lineno - 1} is not JSON ({error.msg} at column {error.colno})"
+        raise UserError(f"{where}, {problem}; mend or remove that line") from error
+    except (RecursionError, ValueError) as error:  # nested too deep; a number with thousands of digits
+        problem = f"line {first_line} is not usable JSON ({_one_line(error)})"
+        raise UserError(f"{where}, {problem}; mend or remove that line") from error
+
+
+def _read_csv(path: Path, where: str) -> list[dict]:
+    """Every field as the text that stands there.
+
+    Not by `datasets` (pandas): it reads "NA" as missing and "007" as 7, and when all rows have one field
+    more than the header it shifts the columns without a word.
+    """
+    lines = csv.reader(io.StringIO(_read_text(path, where), newline=""), strict=True)
+    try:
+        header = next(lines, [])
+        repeated = sorted({column for column in header if header.count(column) > 1})
+        if repeated:
+            raise UserError(f"{where}: the header has {repeated[0]!r} twice; rename one of the columns")
+        records = []
+        for fields in lines:
+            if fields and len(fields) != len(header):
+                raise UserError(
+                    f"{where}, line {lines.line_num} has {len(fields)} fields but the header {len(header)}; "
+                    "mend that line (a field with a comma needs quotes)"
+                )
+            if fields:
+                records.append(dict(zip(header, fields, strict=True)))
+        return records
+    except csv.Error as error:
+        problem = f"line {lines.line_num} is not CSV ({_one_line(error)})"
+        raise UserError(f"{where}, {problem}; mend that line") from error
+
+
+def _read_parquet(path: Path, where: str) -> list[dict]:
+    import datasets  # here and below: importing it takes over a second, which most runs need not spend
+
+    # A cache folder that goes again: even a streamed read makes one, and the default may not be writable.
+    with tempfile.TemporaryDirectory() as cache:
+        return _or_user_error(
+            lambda: list(
+                datasets.load_dataset(
+                    "parquet", data_files=glob.escape(str(path)), split="train", streaming=True, cache_dir=cache
+                )
+            ),
+            f"{where} is not a Parquet file",
+        )
+
+
+def _read_folder(path: Path, split: str, where: str) -> tuple[list[dict], str]:
+    import datasets
+
+    data = _or_user_error(
+        lambda: datasets.load_from_disk(str(path)), f"{where} is not a folder saved by datasets.save_to_disk"
+    )
+    if isinstance(data, datasets.DatasetDict):
+        return _choose_split(data, split, where).to_list(), ""
+    return data.to_list(), split
+
+
+def _read_hub(hub_id: str, split: str, where: str) -> list[dict]:
+    import datasets
+
+    data = _or_user_error(
+        lambda: datasets.load_dataset(hub_id),
+        f"{where} is no file or folder here, and the hub dataset of that name cannot be had",
+    )
+    return _choose_split(data, split, where).to_list()
+
+
+def _choose_split(data: Mapping[str, Any], split: str, where: str) -> Any:
+    if split in data:
+        return data[split]
+    if not split and len(data) == 1:
+        return next(iter(data.values()))
+    problem = f"no split {split!r}" if split else "it has several splits"
+    raise UserError(f"{where}: {problem}; set split to one of {', '.join(data)}")
+
+
+def _or_user_error(read: Callable[[], Any], problem: str) -> Any:
+    """`datasets` fails with errors of a dozen libraries below it; each of them is a source that is not there."""
+    try:
+        return read()
+    except Exception as error:
+        raise UserError(f"{problem} ({_one_line(error)}); check the path or the network") from error
+
+
+# --- columns and splits ------------------------------------------------------------------------------------
+
+
+def _check_columns(records: list[dict], prompt_set: config.PromptSet, where: str) -> None:
+    columns = list(dict.fromkeys(column for record in records for column in record))
+    for field in ("prompt", "id", "category"):
+        wanted = getattr(prompt_set, field)
+        if wanted not in columns and _OPTIONAL_COLUMNS.get(field) != wanted:
+            raise UserError(f"{where}: no column {wanted!r} for {field}{_nearest(wanted, columns)}")
+
+
+def _rows_of_split(numbered: list[tuple[int, dict]], split: str, where: str) -> list[tuple[int, dict]]:
+    found = list(dict.fromkeys(str(record["split"]) for _, record in numbered if "split" in record))
+    if not found:
+        raise UserError(f"{where}: split {split!r} is asked for but there is no column 'split'; set split to ''")
+    if split not in found:
+        raise UserError(f"{where}: no row has split {split!r}{_nearest(split, found)}")
+    return [(number, record) for number, record in numbered if str(record.get("split")) == split]
+
+
+def _nearest(wanted: str, names: list[str]) -> str:
+    close = difflib.get_close_matches(wanted, names, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ";"
+    listed = ", ".join(names[:20]) + (" ..." if len(names) > 20 else "")
+    return f"{hint} there are: {listed}"
+
+
+# --- rows --------------------------------------------------------------------------------------------------
+
+
+def _usable(
+    numbered: list[tuple[int, dict]], prompt_set: config.PromptSet, name: str
+) -> tuple[list[Prompt], list[dict[str, str]]]:
+    prompts, skipped = [], []
+    row_of_id: dict[str, int] = {}
+    id_of_conversation: dict[tuple, str] = {}
+    for number, record in numbered:
+        fallback_id = f"{name}-{number:05d}"
+        row_id, category = fallback_id, ""
+        try:
+            row_id = _label(record.get(prompt_set.id), "id") or fallback_id
+            category = _label(record.get(prompt_set.category), "category")
+            messages = _messages(record.get(prompt_set.prompt))
+            key = _conversation_key(messages)
+            if row_id in row_of_id:
+                raise _Unusable(f"row {number} has the id of row {row_of_id[row_id]}: duplicate id")
+            if key in id_of_conversation:
+                raise _Unusable(f"duplicate prompt, same as {id_of_conversation[key]}")
+        except _Unusable as reason:
+            skipped.append({"id": row_id, "reason": str(reason)})
+            continue
+        row_of_id[row_id] = number
+        id_of_conversation[key] = row_id
+        prompts.append(Prompt(row_id, category, messages))
+    return prompts, skipped
+
+
+class _Unusable(Exception):
+    """Why one row is left out."""
+
+
+def _label(value: Any, field: str) -> str:
+    """The text of an id or a category; "" where there is none."""
+    if value is None or value != value:  # Parquet written by pandas has NaN for a missing number
+        return ""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # a column of whole numbers with a gap comes as floats
+    if not isinstance(value, (str, int, float)):
+        raise _Unusable(f"{field} is a {type(value).__name__}, not a text or a number")
+    _check_unicode(str(value), field)
+    return str(value).strip()
+
+
+def _messages(value: Any) -> tuple[dict[str, str], ...]:
+    """Turns up to and including the last one of the user."""
+    if isinstance(value, str):
+        turns = _transcript_turns(value) if value.startswith("\n\nHuman:") else [("user", value)]
+    elif isinstance(value, list):
+        turns = [_turn(entry, number) for number, entry in enumerate(value, start=1)]
+    elif value is None:
+        raise _Unusable("no prompt")
+    else:
+        raise _Unusable(f"prompt is a {type(value).__name__}, not a text or a list of messages")
+    while turns and turns[-1][0] == "assistant":
+        turns.pop()
+    if not any(role == "user" for role, _ in turns):
+        raise _Unusable("no user turn")
+    if turns[-1][0] != "user":
+        raise _Unusable(f"ends with a {turns[-1][0]} turn, not with one of the user")
+    for number, (_, content) in enumerate(turns, start=1):
+        if not content.strip():
+            raise _Unusable("empty prompt" if len(turns) == 1 else f"turn {number} is empty")
+        _check_unicode(content, f"turn {number}")
+    return _merged(turns)
+
+
+def _turn(entry: Any, number: int) -> tuple[str, str]:
+    if not isinstance(entry, dict):
+        raise _Unusable(f"turn {number} is a {type(entry).__name__}, not {{role, content}}")
+    role, content = entry.get("role"), entry.get("content")
+    if role not in ROLES:
+        raise _Unusable(f"turn {number} has the role {str(role)[:40]!r}, not one of {', '.join(ROLES)}")
+    if not isinstance(content, str):
+        raise _Unusable(f"the content of turn {number} is a {type(content).__name__}, not a text")
+    return role, content
+
+
+def _transcript_turns(text: str) -> list[tuple[str, str]]:
+    _, *parts = _TRANSCRIPT_TURN.split(text)
+    roles = ("user" if speaker == "Human" else "assistant" for speaker in parts[::2])
+    return [(role, content.strip()) for role, content in zip(roles, parts[1::2], strict=True)]
+
+
+def _merged(turns: list[tuple[str, str]]) -> tuple[dict[str, str], ...]:
+    """Neighbours of one role joined: several chat templates take strictly alternating turns only."""
+    messages: list[dict[str, str]] = []
+    for role, content in turns:
+        if messages and messages[-1]["role"] == role:
+            messages[-1]["content"] += "\n\n" + content
+        else:
+            messages.append({"role": role, "content": content})
+    return tuple(messages)
+
+
+def _check_unicode(text: str, what: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, as a cut "\\ud83d" in JSON gives
+        raise _Unusable(f"{what} is not valid Unicode") from None
+
+
+def _conversation_key(messages: tuple[dict[str, str], ...]) -> tuple:
+    return tuple((turn["role"], " ".join(turn["content"].casefold().split())) for turn in messages)
+
+
+def _spread(prompts: list[Prompt], limit: int) -> list[Prompt]:
+    """One of each category in turn until there are `limit`; given back in file order."""
+    turn_of_category: dict[str, int] = {}
+    rank = []
+    for index, prompt in enumerate(prompts):
+        turn = turn_of_category.get(prompt.category, 0)
+        turn_of_category[prompt.category] = turn + 1
+        rank.append((turn, index))
+    return [prompts[index] for index in sorted(index for _, index in sorted(rank)[:limit])]
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,0 +1,147 @@
+"""Sections of the stages that write rows: critique and revision, and preference labels."""
+
+from collections import Counter, defaultdict
+
+from cai_jax.report import plots, verdicts
+from cai_jax.report.artifacts import Run
+from cai_jax.report.markup import Html, bar_list, el, facts, paragraph
+from cai_jax.report.numbers import count, known, number, percent
+
+
+def principle_name(principle, titles: dict[str, str]) -> str:
+    """'Title (id)', or the id alone when the constitution is not at hand."""
+    return f"{titles[principle]} ({principle})" if principle in titles else str(principle)
+
+
+def critique_revision(run: Run, titles: dict[str, str]) -> list:
+    """Lengths and failures by round, and how often each principle was drawn."""
+    summary = run.stages["critique_revision"].summary or {}
+    lengths, rounds = _rounds(run)
+    mean = summary.get("mean_tokens") or {}
+    revisions = mean.get("revision") if isinstance(mean.get("revision"), list) else []
+    drawn = summary.get("principles") or {}
+    return [
+        paragraph(
+            "The base model answers each unsafe prompt. Then, a few rounds over, it criticises its answer"
+            " under one principle drawn from the constitution and rewrites it. The rewritten answers are what"
+            " it is trained on."
+        ),
+        facts(
+            [
+                ("prompts", count(summary.get("rows"))),
+                ("rounds", count(len(rounds) or len(revisions) or None)),
+                ("mean tokens of a response", number(mean.get("response"), 0)),
+                ("of a critique", number(mean.get("critique"), 0)),
+                ("of a revision, by round", ", ".join(number(value, 0) for value in revisions) or None),
+            ]
+        ),
+        el(
+            "div",
+            plots.boxes(
+                "cr-lengths",
+                "Tokens of the response and of the revision of each round: median, quartiles, "
+                "5th to 95th percentile",
+                lengths,
+                "tokens",
+            ),
+            _failures_plot(rounds),
+            class_="figures",
+        ),
+        el("h3", "How often each principle was drawn") if drawn else None,
+        (
+            bar_list(
+                [
+                    (principle_name(name, titles), times)
+                    for name, times in sorted(drawn.items(), key=lambda item: (-item[1], item[0]))
+                ]
+            )
+            if drawn
+            else None
+        ),
+    ]
+
+
+def _rounds(run: Run) -> tuple[dict[str, list], dict[int, Counter]]:
+    """Token counts by step, and for each round how many rows, unchanged and cut revisions there are."""
+    lengths, rounds = defaultdict(list), defaultdict(Counter)
+    for row in run.rows("critique_revision"):
+        lengths["response"].append(row["response"]["tokens"])
+        for place in row["rounds"]:
+            lengths[f"round {place['round']}"].append(place["revision"]["tokens"])
+            tally = rounds[place["round"]]
+            tally["rows"] += 1
+            tally["unchanged"] += "unchanged_revision" in place["flags"]
+            tally["truncated"] += bool(place["revision"]["truncated"])
+            tally["critique cut"] += bool(place["critique"]["truncated"])
+    return lengths, dict(sorted(rounds.items()))
+
+
+def _failures_plot(rounds: dict[int, Counter]) -> Html:
+    if not rounds:
+        return Html("")
+    series = {
+        label: [tally[key] / tally["rows"] for tally in rounds.values()]
+        for label, key in (
+            ("unchanged", "unchanged"),
+            ("revision cut", "truncated"),
+            ("critique cut", "critique cut"),
+        )
+    }
+    return plots.bars(
+        "cr-failures",
+        "Share of rows by round: revision equal to the text before it; revision or critique "
+        "cut at its token limit",
+        series,
+        list(rounds),
+        "round",
+        share=True,
+    )
+
+
+def preferences(run: Run, titles: dict[str, str]) -> list:
+    """Confidence and consistency of the AI labels."""
+    summary = run.stages["preferences"].summary or {}
+    histogram = summary.get("confidence_histogram") or {}
+    both = [(row["probability_a_ab"], row["probability_a_ba"]) for row in run.rows("preferences")]
+    both = [pair for pair in both if known(pair[0]) and known(pair[1])]
+    return [
+        paragraph(
+            "The SL-CAI model answers each prompt twice. A judge model reads both answers and one principle;"
+            " the label is the probability it gives to each, averaged over both orders of showing them."
+            " Labels stay soft: 0.5 means that the judge has no opinion."
+        ),
+        facts(
+            [
+                ("pairs", count(summary.get("pairs"))),
+                ("labelled", count(summary.get("labelled"))),
+                ("same choice in both orders", percent(summary.get("consistent_share"))),
+                ("chose the first shown", percent(summary.get("first_position_share"))),
+            ]
+        ),
+        paragraph(verdicts.judge(summary)),
+        el(
+            "div",
+            (
+                plots.histogram(
+                    "pref-confidence",
+                    "Label: probability that response A is better (both orders averaged). Near "
+                    "0.5 it teaches little",
+                    histogram["edges"],
+                    histogram["counts"],
+                    "probability of A",
+                )
+                if histogram.get("counts")
+                else None
+            ),
+            plots.dots(
+                "pref-orders",
+                f"The same probability in each order, {min(len(both), plots.MOST_DOTS):,} pairs. On "
+                "the dotted line the order makes no difference; top left and bottom right the choice flips",
+                [pair[0] for pair in both],
+                [pair[1] for pair in both],
+                "A shown first",
+                "A shown second",
+            ),
+            class_="figures",
+        ),
+    ]

@@ -1,0 +1,250 @@
+"""The first screen: what came out, what the numbers show and do not show, what ran and for how long."""
+
+from collections import Counter
+
+from cai_jax.report import verdicts
+from cai_jax.report.artifacts import MODELS, SETS, TITLES, Run
+from cai_jax.report.markup import Html, el, facts, missing, paragraph, section, table
+from cai_jax.report.numbers import (
+    count,
+    duration,
+    estimate_cell,
+    known,
+    memory,
+    moment,
+    number,
+    part,
+    percent,
+)
+
+BILLION = 10**9
+
+
+def _mean_length(value) -> str:
+    return number(value, 0)
+
+
+# measure, heading, what it means, format
+BEHAVIOUR = [
+    ("refusal", "Refuses", "wanted on unsafe prompts; over-refusal on the other two sets", percent),
+    ("degenerate", "Degenerate text", "loops or garbage; never counted as a refusal", percent),
+    ("empty", "Empty answer", "", percent),
+    ("margin", "Margin", "log-prob of refusing minus complying openings, nats a token, mean", number),
+]
+TEXTS = [
+    ("length", "Length", "tokens, mean", _mean_length),
+    ("repetition", "Repetition", "mean share of repeated text", number),
+    ("reward", "Reward", "score of this run's reward model, mean", number),
+    ("kl", "KL to base", "nats an answer: its log-prob minus that under the base, mean", number),
+]
+
+
+def title(run: Run) -> Html:
+    """Name, description and date of the run."""
+    starts = [stage.timing.get("started") for stage in run.stages.values() if stage.timing.get("started")]
+    when = moment(min(starts, key=lambda start: (str(type(start)), start))) if starts else "date not recorded"
+    return el(
+        "header",
+        el("p", "Constitutional AI in JAX · report of a run", class_="kicker"),
+        el("h1", run.config.get("name") or run.folder.resolve().name),
+        el("p", run.config.get("description") or "No description recorded.", class_="lead"),
+        el("p", "Run started ", when, class_="note"),
+    )
+
+
+def what_came_out(run: Run) -> Html:
+    """The evaluation of all models: the reason why the report exists."""
+    anchor, heading = "results", "What came out"
+    models = _models(run)
+    if not models:
+        return section(
+            anchor,
+            heading,
+            missing(
+                f"Evaluation: {run.stages['evaluate'].status}. There is no result to show; the sections below"
+                " show what has run so far."
+            ),
+        )
+    intro = paragraph(
+        el("b", "base"),
+        " is the model the run started from. ",
+        el("b", "SL-CAI"),
+        " is fine-tuned on its own answers, revised under a written constitution. ",
+        el("b", "RL-CAI"),
+        " is then trained by PPO against a reward model learned from AI preference labels. All answered the"
+        " same prompts. In brackets, or below a value: its 95% interval.",
+    )
+    return section(
+        anchor,
+        heading,
+        intro,
+        el("ul", [el("li", line) for line in verdicts.headlines(models)]),
+        el("div", _measures(models, BEHAVIOUR, auroc=True), _measures(models, TEXTS), class_="pair"),
+    )
+
+
+def _models(run: Run) -> dict[str, dict]:
+    """The evaluated models in their fixed order."""
+    recorded = (run.stages["evaluate"].summary or {}).get("models") or {}
+    return {model: recorded[model] or {} for model in MODELS if model in recorded}
+
+
+def _measures(models: dict, measures: list, auroc: bool = False) -> Html:
+    """A table with a group of rows a measure and a column a model."""
+    head = el("tr", el("th", "prompts"), [el("th", MODELS[model], class_="number") for model in models])
+    body = []
+    for key, heading, meaning, form in measures:
+        body.append(_group_row(heading, meaning, len(models)))
+        for name, label in SETS.items():
+            body.append(
+                _row(label, [verdicts.of_set(found, name).get(key) for found in models.values()], form)
+            )
+    if auroc:
+        body.append(
+            _group_row("Margin AUROC", "0.5: the model cannot tell unsafe from safe prompts", len(models))
+        )
+        body.append(
+            _row("unsafe vs. others", [found.get("margin_auroc") for found in models.values()], number)
+        )
+    return el("div", el("table", el("thead", head), [el("tbody", body)], class_="measures"), class_="scroll")
+
+
+def _group_row(heading: str, meaning: str, columns: int) -> Html:
+    return el("tr", el("th", heading, " ", el("small", meaning), colspan=columns + 1), class_="group")
+
+
+def _row(label: str, intervals: list, form) -> Html:
+    """One set of one measure; n stands with the label when all models share it, else in each cell."""
+    sizes = {part(interval, "n") for interval in intervals} - {None}
+    shared = f"n {count(sizes.pop())}" if len(sizes) == 1 else None
+    return el(
+        "tr",
+        el("td", label, " ", el("small", shared)),
+        [
+            el("td", estimate_cell(interval, form, with_n=shared is None), class_="number")
+            for interval in intervals
+        ],
+    )
+
+
+def limits(run: Run) -> Html:
+    """What the numbers do and do not show."""
+    lines = [
+        verdicts.sample_size(_models(run)),
+        _model_size(run),
+        (
+            "Refusal, answer, degenerate and empty are told apart by a rule on the text, not by a person or a"
+            " judge model. A refusal in unusual words counts as an answer; an answer that opens like a"
+            " refusal counts as one."
+        ),
+        (
+            "The reward is the score that PPO was trained to raise. That it rises shows that the optimiser"
+            " works, and by itself proves nothing about harmlessness or helpfulness."
+        ),
+        verdicts.judge(run.stages["preferences"].summary),
+        verdicts.reward_model((run.stages["reward_model"].summary or {}).get("held_out")),
+        (
+            f"This is one run with one seed ({run.resolved('seed', 'not recorded')}). The intervals cover the"
+            " choice of prompts, not how much a second training run would differ."
+        ),
+    ]
+    return section(
+        "limits", "What the numbers do and do not show", el("ul", [el("li", line) for line in lines if line])
+    )
+
+
+def _model_size(run: Run) -> str:
+    """How far the model can be trusted as its own critic and judge."""
+    size, judge = run.parameters(), run.resolved("preferences.judge")
+    labels = f" The preference labels come from another model: {judge}." if judge else ""
+    if size is None:
+        return (
+            "The size of the model is not recorded. Below about a billion parameters a model is a weak critic"
+            " and judge of its own answers."
+            + labels
+        )
+    if size < BILLION:
+        return (
+            f"The model has {size / 1e6:,.0f} million parameters. A model of this size is a weak"
+            f" critic{'' if judge else ' and a weak judge'}: many critiques and revisions below are off the"
+            " point. This run shows that the whole loop works, not how well the method works."
+            + labels
+        )
+    return f"The model has {size / BILLION:,.1f} billion parameters." + labels
+
+
+def what_ran(run: Run) -> Html:
+    """Stages with time and memory, and the machine."""
+    rows = [_stage_row(run, name) for name in run.stages]
+    timings = [stage.timing for stage in run.stages.values()]
+    seconds = [timing["seconds"] for timing in timings if known(timing.get("seconds"))]
+    peaks = [timing["peak_memory_bytes"] for timing in timings if known(timing.get("peak_memory_bytes"))]
+    if seconds:
+        total, peak = duration(sum(seconds)), memory(max(peaks, default=None))
+        rows.append([el("b", "all"), "", el("b", total), el("b", peak), "", ""])
+    headers = ["stage", "status", "time", "peak memory", "sampler programs", "started"]
+    return section(
+        "ran",
+        "What ran, on what, for how long",
+        table(headers, rows, numeric_from=2),
+        paragraph(
+            "Time includes compilation. Sampler programs: how many versions of the sampler had to be"
+            " compiled."
+        ),
+        _interrupted(run),
+        _machine(run),
+    )
+
+
+def _stage_row(run: Run, name: str) -> list:
+    stage, wanted = run.stages[name], run.resolved("stages")
+    unwanted = stage.status == "not run yet" and wanted and name not in wanted
+    return [
+        el("a", TITLES[name], href=f"#{name}"),
+        "not asked for" if unwanted else stage.status,
+        duration(stage.timing.get("seconds")),
+        memory(stage.timing.get("peak_memory_bytes")),
+        count(stage.timing.get("sampler_programs")),
+        moment(stage.timing.get("started")),
+    ]
+
+
+def _interrupted(run: Run) -> Html | None:
+    """What the times of stages mean that took more than one attempt."""
+    summed, last_only = [], []
+    for name, stage in run.stages.items():
+        attempts = stage.timing.get("attempts")
+        attempts = len(attempts) if isinstance(attempts, list) else attempts
+        if known(attempts) and attempts > 1:
+            summed.append(f"{TITLES[name]} ({attempts} attempts)")
+        elif not known(attempts) and stage.timing.get("resumed"):
+            last_only.append(TITLES[name])
+    lines = []
+    if summed:
+        lines.append(f"Interrupted and resumed; the time is the sum of all attempts: {', '.join(summed)}.")
+    if last_only:
+        lines.append(
+            f"Interrupted and resumed; the time is that of the last attempt only: {', '.join(last_only)}."
+        )
+    return paragraph(" ".join(lines)) if lines else None
+
+
+def _machine(run: Run) -> Html:
+    environment = run.config.get("environment") or {}
+    devices = environment.get("devices")
+    if isinstance(devices, list):
+        devices = ", ".join(f"{times} × {kind}" for kind, times in Counter(map(str, devices)).items())
+    return facts(
+        [
+            ("platform", environment.get("platform")),
+            ("devices", devices),
+            ("backend", environment.get("backend")),
+            ("CPU cores", environment.get("cpu_count")),
+            ("memory of the machine", memory(environment.get("memory_bytes"))),
+            ("JAX", environment.get("jax")),
+            ("Python", environment.get("python")),
+            ("model", run.resolved("model.source")),
+            ("parameters", count(run.parameters())),
+            ("computed in", run.resolved("model.compute_dtype")),
+        ]
+    )

@@ -1,0 +1,230 @@
+"""What a stage is given: the resolved config, checked inputs, models on the mesh, and its folder."""
+
+import gc
+import importlib
+import time
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+
+import jax
+
+import cai_jax
+from cai_jax import mesh as meshes
+from cai_jax.chat import encode_chat, turn_end_id
+from cai_jax.config import Config, flatten
+from cai_jax.constitution import Constitution, load_constitution
+from cai_jax.errors import UserError
+from cai_jax.models.pretrained import Model, load_model, model_hash, save_model
+from cai_jax.progress import Progress, duration
+from cai_jax.prompt_sets import check_disjoint, load_prompts
+from cai_jax.provenance import StageFolder, check_free_space, row_seed, write_json
+from cai_jax.sampler import Sampler
+from cai_jax.stages.memory import peak_memory, reset_peak_memory
+
+# The stages that each stage reads, and the config field that names a model folder in their place.
+INPUTS = {
+    "critique_revision": {},
+    "sft": {"critique_revision": ""},
+    "preferences": {"sft": "policy"},
+    "reward_model": {"preferences": "", "sft": "start"},
+    "ppo": {"sft": "policy", "reward_model": "reward_model"},
+    "evaluate": {"sft": "sft", "reward_model": "reward_model", "ppo": "rl"},
+}
+COMPARES_WHAT_THERE_IS = ("evaluate",)
+PROMPT_SETS = {
+    "critique_revision": ("red_team",),
+    "sft": ("helpful",),
+    "preferences": ("red_team", "helpful"),
+    "reward_model": (),
+    "ppo": ("red_team", "helpful"),
+    "evaluate": ("eval_red_team", "eval_helpful", "eval_look_alike"),
+}
+# Copies of the parameters that a stage puts on disk at worst: two train states and an export.
+DISK_COPIES = {"sft": 7, "reward_model": 7, "ppo": 13}
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "datasets")
+
+
+@dataclass
+class Context:
+    """A run: its config, and everything that was read and checked before any compute was spent."""
+
+    name: str
+    config: Config
+    run_dir: Path
+    progress: Progress
+    mesh: jax.sharding.Mesh
+    constitution: Constitution
+    prompts: dict
+    base: Model
+    samplers: list = field(default_factory=list)
+
+    def folder(self, stage: str) -> StageFolder:
+        """The artifacts of a stage."""
+        return StageFolder(self.run_dir, stage)
+
+    def load(self, source: str, kind: str | None = None, **options) -> Model:
+        """A model on the mesh, in the run's dtype."""
+        return load_model(
+            source, self.config.model.dtype, kind, lambda shapes: meshes.shardings(self.mesh, shapes), **options
+        )
+
+    def load_from(self, stage: str, override: str, kind: str = "policy", **options) -> Model:
+        """The exported model of a stage, or the one that the config names in its place."""
+        return self.load(override or str(self.folder(stage).path / "model"), kind, **options)
+
+    def export(self, folder: StageFolder, model: Model, params, kind: str) -> None:
+        """Write trained params as the Hugging Face folder `model/` of a stage, with its provenance."""
+        with self.progress.task(f"{folder.stage}: export", 1, "models") as task:
+            save_model(
+                folder.path / "model", model.config, params, model.tokenizer, model.hf_config, kind,
+                {"constitution": self.constitution_name(), "constitution_hash": self.constitution.hash,
+                 "base_model_hash": self.base.hash, "stage": folder.stage, "seed": str(self.config.seed)},
+            )  # fmt: skip
+            task.advance(1)
+
+    def sampler(self, model: Model, task=None) -> Sampler:
+        """The sampler of a model, in the shape that the config asks for."""
+        sampler = Sampler(
+            model,
+            max_length=min(self.config.sampler.max_length, model.config.max_position),
+            rows=self.config.sampler.rows,
+            dtype=self.config.model.compute_dtype,
+            mesh=self.mesh if self.mesh.devices.size > 1 else None,
+            smallest_bucket=self.config.sampler.smallest_bucket,
+        )
+        self.samplers.append(sampler)
+        return sampler
+
+    def put_rows(self, batch: dict):
+        """A batch of host arrays, its rows split over the mesh."""
+        return meshes.put_rows(self.mesh, batch)
+
+    def row_seed(self, stage: str, row_id: str, *rest) -> int:
+        """The key of a row in this run."""
+        return row_seed(self.config.seed, stage, row_id, *rest)
+
+    def provenance(self, stage: str, model: Model | None = None) -> dict:
+        """What every row carries about where it is from."""
+        return {
+            "constitution": self.constitution_name(),
+            "constitution_hash": self.constitution.hash,
+            "model_hash": (model or self.base).hash,
+            "seed": self.config.seed,
+            "stage": stage,
+        }
+
+    def constitution_name(self) -> str:
+        """name@version"""
+        return f"{self.constitution.name}@{self.constitution.version}"
+
+    def describe(self) -> dict:
+        """What the report says about the inputs of the run."""
+        leaves = jax.tree.leaves(self.base.params)
+        return {
+            "parameters": sum(leaf.size for leaf in leaves),
+            "constitution": {
+                "name": self.constitution.name, "version": self.constitution.version, "hash": self.constitution.hash,
+            },
+            "model_hash": self.base.hash,
+            "prompts": {
+                name: {"rows": len(rows.rows), "skipped": list(rows.skipped), "hash": rows.hash}
+                for name, rows in self.prompts.items()
+            },
+            "versions": {"cai_jax": cai_jax.__version__} | {package: metadata.version(package) for package in PACKAGES},
+        }  # fmt: skip
+
+    def run_stage(self, stage: str) -> None:
+        """Run one stage, or go on with it, or find it done."""
+        folder = self.folder(stage)
+        begun = folder.begin(self._fingerprint(stage))
+        if begun == "done":
+            self.progress.log(f"{stage}: done before, skipped")
+            return
+        self.progress.log(f"{stage}: {'going on where it stopped' if begun == 'resume' else 'start'}")
+        started, clock = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
+        reset_peak_memory()
+        summary = importlib.import_module(f"cai_jax.stages.{stage}").run(self, folder)
+        write_json(folder.path / "summary.json", summary)
+        seconds = time.monotonic() - clock
+        timing = {
+            "seconds": seconds,
+            "peak_memory_bytes": peak_memory(),
+            "started": started,
+            "resumed": begun == "resume",
+            "sampler_programs": len(set().union(*(sampler.programs for sampler in self.samplers))),
+        }
+        folder.finish(timing)
+        self.samplers.clear()
+        gc.collect()
+        self.progress.log(f"{stage}: done in {duration(seconds)}")
+
+    def available(self, stage: str, override: str) -> bool:
+        """Whether a model of a stage is there: exported by this run, or named by the config."""
+        return bool(override) or self.folder(stage).done() is not None
+
+    def _fingerprint(self, stage: str) -> dict:
+        """All that the artifacts of a stage depend on, flat."""
+        flat = flatten(self.config)
+        wanted = ("mesh.", "sampler.", "model.", f"{stage}.")
+        fingerprint = {
+            f"config.{key}": value
+            for key, value in flat.items()
+            if (key.startswith(wanted) or key == "seed") and key != "model.source"
+        }
+        fingerprint |= {"input.model": self.base.hash, "input.constitution": self.constitution.hash}
+        fingerprint |= {f"input.prompts.{name}": self.prompts[name].hash for name in PROMPT_SETS[stage]}
+        for source, override_field in INPUTS[stage].items():
+            override = flat[f"{stage}.{override_field}"] if override_field else ""
+            if override:
+                fingerprint[f"input.{override_field}"] = model_hash(override)
+            elif (done := self.folder(source).done()) is not None:
+                fingerprint[f"input.{source}"] = done["hash"]
+            elif stage not in COMPARES_WHAT_THERE_IS:
+                hint = f", or set {stage}.{override_field} to a model folder" if override_field else ""
+                raise UserError(
+                    f"{self.run_dir}: stage {stage} needs the artifacts of stage {source}, which are not there: "
+                    f"run --stages={source} first{hint}"
+                )
+        return fingerprint
+
+
+def prepare(name: str, config: Config, run_dir: Path, fresh: bool, progress: Progress) -> Context:
+    """Read and check everything that a run starts from; whatever is wrong with it is a UserError now."""
+    constitution = load_constitution(config.constitution)
+    needed = sorted({prompt_set for stage in config.stages for prompt_set in PROMPT_SETS[stage]})
+    prompts = {prompt_set: load_prompts(getattr(config.prompts, prompt_set), prompt_set) for prompt_set in needed}
+    train = {key: rows for key, rows in prompts.items() if not key.startswith("eval_")}
+    check_disjoint(train, {key: rows for key, rows in prompts.items() if key.startswith("eval_")})
+    mesh = meshes.make_mesh(config.mesh)
+    _check_rows(config, mesh)
+    base = load_model(
+        config.model.source, config.model.dtype, "policy", lambda shapes: meshes.shardings(mesh, shapes)
+    )
+    if base.tokenizer is None:
+        raise UserError(f"{config.model.source}: has no tokenizer; put the tokenizer files into the model folder")
+    encode_chat(base.tokenizer, [{"role": "user", "content": "Hello"}])
+    turn_end_id(base.tokenizer)
+    parameter_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(base.params))
+    check_free_space(run_dir, parameter_bytes * max(DISK_COPIES.get(stage, 0) for stage in config.stages))
+    if fresh:
+        for stage in config.stages:
+            StageFolder(run_dir, stage).discard()
+    return Context(name, config, Path(run_dir), progress, mesh, constitution, prompts, base)
+
+
+def _check_rows(config: Config, mesh) -> None:
+    """Rows of every batch must split over the data axes."""
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    sizes = {
+        "sampler.rows": config.sampler.rows,
+        "sft.batch_size": config.sft.batch_size // config.sft.microbatches,
+        "reward_model.batch_size": config.reward_model.batch_size // config.reward_model.microbatches,
+        "ppo.rollouts": config.ppo.rollouts // config.ppo.minibatches // config.ppo.microbatches,
+    }
+    for name, size in sizes.items():
+        if size % ways:
+            raise UserError(f"{name}: its (micro)batches of {size} rows do not split over data x fsdp = {ways} devices")
+
+

@@ -1,0 +1,154 @@
+"""AI labels (Bai et al. 2022, section 4.1): two responses of the SL-CAI model, compared under one drawn principle.
+
+A label is the normalised probability of the options (A) and (B) as the judge's next token. Small judges favour a
+place over a text (Lee et al. 2023, arXiv 2309.00267, section 2.1), so both orders are scored and averaged.
+"""
+
+import math
+
+import numpy as np
+
+from cai_jax.prompts import preference_preamble, preference_request, resolve_options
+from cai_jax.stages.critique_revision import draw_principle
+from cai_jax.stages.rows import counted, make_rows, messages_of, sample_dict, unfinished, usable_prompts
+
+STAGE = "preferences"
+FLAGS = ("response_truncated", "response_empty", "identical_responses", "inconsistent", "tie", "too_long_to_judge")
+TIE = 1e-3  # a probability this near to one half says nothing
+
+
+def run(context, folder) -> dict:
+    """Sample the pairs, label them, write the rows; returns the summary of the stage."""
+    pairs, skipped = _sample_pairs(context, folder)
+    rows = _label(context, folder, pairs)
+    return _summary(rows, skipped)
+
+
+def _sample_pairs(context, folder):
+    """Rows with two responses each, by the SL-CAI model."""
+    settings = context.config.preferences
+    policy = context.load_from("sft", settings.policy)
+    sampler = context.sampler(policy)
+    prompts, skipped = [], []
+    for name in ("red_team", "helpful"):
+        usable, unusable = usable_prompts(sampler, context.prompts[name], settings.response.max_new_tokens)
+        prompts += [(prompt, n) for prompt in usable for n in range(settings.pairs_per_prompt)]
+        skipped += unusable
+
+    def work(shard):
+        seeds = [context.row_seed(STAGE, prompt.id, n, side) for prompt, n in shard for side in "ab"]
+        conversations = [messages_of(prompt) for prompt, _ in shard for _ in "ab"]
+        samples = sampler.generate(conversations, settings.response, row_seeds=seeds)
+        return [
+            {
+                "id": prompt.id if n == 0 else f"{prompt.id}/{n}",
+                "prompt_id": prompt.id,
+                "category": prompt.category,
+                "messages": messages_of(prompt),
+                "response_a": sample_dict(first),
+                "response_b": sample_dict(second),
+                "provenance": context.provenance(STAGE, policy),
+            }
+            for (prompt, n), first, second in zip(shard, samples[::2], samples[1::2], strict=True)
+        ]
+
+    left = unfinished(folder, "pairs", len(prompts), settings.rows_per_shard)
+    total = 2 * len(prompts)
+    with context.progress.task("preferences: responses", total, "samples", done=total - 2 * left) as task:
+        sampler.on_batch = lambda rows, tokens: task.advance(rows, tokens)
+        return make_rows(folder, "pairs", prompts, settings.rows_per_shard, work), skipped
+
+
+def _label(context, folder, pairs) -> list[dict]:
+    settings = context.config.preferences
+    judge = context.load(settings.judge) if settings.judge else context.base
+    sampler = context.sampler(judge)
+    options = resolve_options(judge.tokenizer)
+    left = unfinished(folder, "rows", len(pairs), settings.rows_per_shard)
+    total = 2 * len(pairs)
+    with context.progress.task("preferences: labels", total, "prompts", done=total - 2 * left) as task:
+        sampler.on_batch = lambda rows, tokens: task.advance(rows, tokens)
+        def work(shard):
+            return _judge(context, sampler, options, shard, judge)
+
+        return make_rows(folder, "rows", pairs, settings.rows_per_shard, work)
+
+
+def _judge(context, sampler, options, pairs, judge) -> list[dict]:
+    """Label a shard of pairs. A pair that does not fit the judge's context is flagged, never given a default."""
+    preamble = preference_preamble(context.constitution, options)
+    principles = [draw_principle(context, STAGE, pair["id"]) for pair in pairs]
+    requests = []
+    for pair, principle in zip(pairs, principles, strict=True):
+        a, b = pair["response_a"]["text"], pair["response_b"]["text"]
+        in_order = [preference_request(pair["messages"], principle, *texts, options) for texts in ((a, b), (b, a))]
+        fits = all(sampler.fits(request, 1, preamble) for request in in_order)
+        requests.append(in_order if fits else None)
+    asked = [request for in_order in requests if in_order for request in in_order]
+    scores = sampler.score(asked, [[token] for token in options.ids], prefix=preamble) if asked else []
+    orders = iter(zip(scores[::2], scores[1::2], strict=True))
+    return [
+        _row(pair, principle, next(orders) if in_order else None, judge)
+        for pair, principle, in_order in zip(pairs, principles, requests, strict=True)
+    ]
+
+
+def _row(pair, principle, orders, judge) -> dict:
+    raised = {
+        "response_truncated": pair["response_a"]["truncated"] or pair["response_b"]["truncated"],
+        "response_empty": not pair["response_a"]["text"].strip() or not pair["response_b"]["text"].strip(),
+        "identical_responses": pair["response_a"]["text"] == pair["response_b"]["text"],
+        "too_long_to_judge": orders is None,
+    }
+    label = {name: None for name in ("probability_a", "probability_a_ab", "probability_a_ba", "consistent", "tie")}
+    label |= {"logprobs_ab": None, "logprobs_ba": None}
+    if orders is not None:
+        label = label_from_logprobs(*orders)
+        raised |= {"inconsistent": not label["consistent"], "tie": label["tie"]}
+    return {
+        **pair,
+        "principle": principle.id,
+        "principle_hash": principle.hash,
+        **label,
+        "judge_hash": judge.hash,
+        "flags": [name for name in FLAGS if raised.get(name)],
+    }
+
+
+def label_from_logprobs(logprobs_ab, logprobs_ba) -> dict:
+    """A label from the log-probs of the options [A, B] in both orders; `ab` shows response_a as (A).
+
+    Each order is normalised over the two options; `probability_a` is the mean of both orders.
+    """
+    in_ab = _sigmoid(logprobs_ab[0] - logprobs_ab[1])
+    in_ba = _sigmoid(logprobs_ba[1] - logprobs_ba[0])
+    probability = (in_ab + in_ba) / 2
+    return {
+        "logprobs_ab": [float(x) for x in logprobs_ab],
+        "logprobs_ba": [float(x) for x in logprobs_ba],
+        "probability_a": probability,
+        "probability_a_ab": in_ab,
+        "probability_a_ba": in_ba,
+        "consistent": (in_ab > 0.5) == (in_ba > 0.5),
+        "tie": abs(probability - 0.5) < TIE,
+    }
+
+
+def _sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
+
+
+def _summary(rows, skipped) -> dict:
+    labelled = [row for row in rows if row["probability_a"] is not None]
+    first_place = [p > 0.5 for row in labelled for p in (row["probability_a_ab"], 1 - row["probability_a_ba"])]
+    confidence = [row["probability_a"] for row in labelled]
+    counts, edges = np.histogram(confidence, bins=10, range=(0, 1))
+    return {
+        "pairs": len(rows),
+        "labelled": len(labelled),
+        "skipped": skipped,
+        "counters": counted(FLAGS, [row["flags"] for row in rows]),
+        "consistent_share": float(np.mean([row["consistent"] for row in labelled])) if labelled else None,
+        "first_position_share": float(np.mean(first_place)) if labelled else None,
+        "confidence_histogram": {"edges": [round(float(x), 2) for x in edges], "counts": counts.tolist()},
+    }

@@ -1,0 +1,134 @@
+"""The reward model: Bradley-Terry with the AI's probability as target (Bai et al. 2022, section 4.1)."""
+
+import numpy as np
+
+from cai_jax import statistics
+from cai_jax.chat import completion_ids, encode_chat, encode_text, turn_end_id
+from cai_jax.objectives.model_losses import reward_objective
+from cai_jax.provenance import MetricsFile, content_hash
+from cai_jax.stages.scoring import score_texts
+from cai_jax.training import loop
+from cai_jax.training.batches import batch_rows, right_padded, steps_per_epoch, take_rows
+from cai_jax.training.checkpoint import Checkpoints
+from cai_jax.training.step import init_state, make_optimizer, make_schedule, make_train_step
+
+STAGE = "reward_model"
+
+
+def run(context, folder) -> dict:
+    """Train on the labels, evaluate on held-out prompts, export `model/`; returns the summary of the stage."""
+    settings = context.config.reward_model
+    model = context.load_from("sft", settings.start, "reward", new_head=True, seed=context.config.seed)
+    rows = context.folder("preferences").read_shards()
+    pairs, counters, skipped = _pairs(model.tokenizer, rows, settings.max_length)
+    train, held_out = split_by_prompt(pairs, settings.held_out)
+    params, metrics = _train(context, folder, model, train)
+    context.export(folder, model, params, "reward")
+    context.progress.log("reward_model: scoring the held-out pairs")
+    scores = score_texts(context, model.config, params, [text for pair in pairs for text in pair["tokens"]])
+    for pair, pair_scores in zip(pairs, np.reshape(scores, (-1, 2)), strict=True):
+        pair["scores"] = pair_scores
+    return {
+        "train_pairs": len(train),
+        "steps": len(metrics),
+        "first_loss": metrics[0]["loss"],
+        "last_loss": metrics[-1]["loss"],
+        "score_mean": float(np.mean(scores)),
+        "score_std": float(np.std(scores)),
+        "counters": counters,
+        "skipped": skipped,
+        "held_out": held_out_metrics(held_out),
+    }
+
+
+def _pairs(tokenizer, rows, max_length):
+    """Labelled pairs as token ids, and what was left out by name."""
+    counters = {"unlabelled": 0, "identical_responses": 0, "too_long": 0}
+    end = turn_end_id(tokenizer)
+    pairs, skipped = [], []
+    for row in rows:
+        prompt = encode_chat(tokenizer, row["messages"], add_generation_prompt=True)
+        texts = []
+        for side in ("response_a", "response_b"):
+            text, truncated = row[side]["text"], row[side]["truncated"]
+            texts.append(prompt + (encode_text(tokenizer, text) if truncated else completion_ids(tokenizer, text, end)))
+        reason = None
+        if row["probability_a"] is None:
+            reason = "unlabelled"
+        elif "identical_responses" in row["flags"]:
+            reason = "identical_responses"
+        elif max(map(len, texts)) > max_length:
+            reason = "too_long"
+        if reason:
+            counters[reason] += 1
+            skipped.append({"id": row["id"], "reason": reason.replace("_", " ")})
+        else:
+            pairs.append({"prompt_id": row["prompt_id"], "tokens": texts, "probability": row["probability_a"]})
+    return pairs, counters, skipped
+
+
+def split_by_prompt(pairs, share: float):
+    """Train and held-out pairs; all pairs of a prompt fall on one side, the held-out ones in the order of a hash."""
+    prompts = sorted({pair["prompt_id"] for pair in pairs}, key=lambda prompt_id: content_hash([STAGE, prompt_id]))
+    held = set(prompts[: max(1, round(share * len(prompts)))])
+    return [p for p in pairs if p["prompt_id"] not in held], [p for p in pairs if p["prompt_id"] in held]
+
+
+def _train(context, folder, model, pairs):
+    settings, shape = context.config.reward_model, context.config.model
+    longest = max(len(text) for pair in pairs for text in pair["tokens"])
+    length = min(settings.max_length, -(-longest // 64) * 64)
+    tokens, positions = right_padded([text for pair in pairs for text in pair["tokens"]], length)
+    arrays = {
+        "tokens": tokens.reshape(-1, 2, length),
+        "positions": positions.reshape(-1, 2, length),
+        "probability": np.asarray([pair["probability"] for pair in pairs], np.float32),
+        "real": np.ones(len(pairs), np.int32),
+    }
+    total = settings.epochs * steps_per_epoch(len(pairs), settings.batch_size)
+    schedule = make_schedule(settings.optimizer, total)
+    optimizer = make_optimizer(settings.optimizer, schedule)
+    state = init_state(model.params, optimizer, context.mesh)
+    objective = reward_objective(model.config, shape.compute_dtype, shape.remat, settings.center)
+    step = make_train_step(objective, optimizer, schedule, context.mesh, state, settings.microbatches)
+
+    def advance(state, index):
+        batch = take_rows(arrays, batch_rows(len(pairs), settings.batch_size, context.config.seed, index))
+        state, metrics = step(state, context.put_rows(batch))
+        metrics["pairs"] = metrics.pop("weight")
+        return state, metrics, int((batch["positions"] >= 0).sum())
+
+    metrics_file = MetricsFile(folder.path / "metrics.jsonl")
+    checkpoints = Checkpoints(folder.path / "checkpoints", settings.checkpoint_every)
+    state = loop.run(state, advance, total, checkpoints, metrics_file, context.progress, STAGE, "step")
+    return state.params, metrics_file.read()
+
+
+def held_out_metrics(pairs) -> dict:
+    """Accuracy, calibration and correlation with length on pairs that were not trained on.
+
+    A pair counts as right when the response with the higher score is the one with probability above 1/2. Two
+    rules that know nothing, "shorter wins" and "longer wins", stand beside it.
+    """
+    predicted = np.asarray([1 / (1 + np.exp(pair["scores"][1] - pair["scores"][0])) for pair in pairs])
+    observed = np.asarray([pair["probability"] for pair in pairs])
+    longer = np.asarray([len(pair["tokens"][0]) - len(pair["tokens"][1]) for pair in pairs])
+    first_better = observed > 0.5
+    right = (predicted > 0.5) == first_better
+    unequal = longer != 0
+    error, bins = statistics.calibration(predicted, observed)
+    lengths = [len(text) for pair in pairs for text in pair["tokens"]]
+    scores = [score for pair in pairs for score in pair["scores"]]
+    return {
+        "n": len(pairs),
+        "accuracy": statistics.wilson_interval(int(right.sum()), len(pairs)),
+        "calibration_error": error,
+        "calibration_bins": bins,
+        "length_correlation": statistics.correlation(lengths, scores),
+        "longer_wins_accuracy": statistics.wilson_interval(
+            int(((longer > 0) == first_better)[unequal].sum()), int(unequal.sum())
+        ),
+        "shorter_wins_accuracy": statistics.wilson_interval(
+            int(((longer < 0) == first_better)[unequal].sum()), int(unequal.sum())
+        ),
+    }

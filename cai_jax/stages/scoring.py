@@ -1,0 +1,36 @@
+"""Scores of a reward model for token sequences of any length."""
+
+from collections import defaultdict
+from functools import partial
+
+import jax
+import numpy as np
+
+from cai_jax.models.heads import last_real, values
+from cai_jax.models.kernels import cast
+from cai_jax.sampler.engine import bucket
+from cai_jax.training.batches import right_padded
+
+ROWS, SMALLEST_BUCKET = 16, 64
+
+
+def score_texts(context, config, params, rows_of_tokens) -> np.ndarray:
+    """The reward of every token sequence, `[rows]` float32. A row's score does not depend on the other rows."""
+    groups = defaultdict(list)
+    for index, tokens in enumerate(rows_of_tokens):
+        groups[bucket(len(tokens), SMALLEST_BUCKET)].append(index)
+    ways = context.mesh.shape["data"] * context.mesh.shape["fsdp"]
+    rows = -(-ROWS // ways) * ways
+    scores = np.zeros(len(rows_of_tokens), np.float32)
+    for length, indices in sorted(groups.items()):
+        for start in range(0, len(indices), rows):
+            batch = indices[start : start + rows]
+            texts = [rows_of_tokens[i] for i in batch] + [[0]] * (rows - len(batch))
+            placed = context.put_rows(right_padded(texts, length))
+            scores[batch] = np.asarray(_rewards(config, params, *placed, context.config.model.compute_dtype))[: len(batch)]
+    return scores
+
+
+@partial(jax.jit, static_argnames=("config", "dtype"))
+def _rewards(config, params, tokens_BT, positions_BT, dtype):
+    return last_real(values(config, cast(params, dtype), tokens_BT, positions_BT), positions_BT)

@@ -1,0 +1,113 @@
+"""SL-CAI training (Bai et al. 2022, section 3): the revisions of every round, and the model's own helpful answers."""
+
+from cai_jax.chat import completion_ids, encode_chat, encode_text, turn_end_id
+from cai_jax.objectives.model_losses import sft_objective
+from cai_jax.provenance import MetricsFile
+from cai_jax.stages.rows import make_rows, messages_of, sample_dict, unfinished, usable_prompts
+from cai_jax.training import loop
+from cai_jax.training.batches import Example, batch_rows, pack, steps_per_epoch, take_rows
+from cai_jax.training.checkpoint import Checkpoints
+from cai_jax.training.step import init_state, make_optimizer, make_schedule, make_train_step
+
+STAGE = "sft"
+
+
+def run(context, folder) -> dict:
+    """Sample the helpful answers, train, export `model/`; returns the summary of the stage."""
+    samples, skipped = _helpful_samples(context, folder)
+    chains = context.folder("critique_revision").read_shards()
+    revisions = [
+        (f"{row['id']}/round-{entry['round']}", row["messages"], entry["revision"])
+        for row in chains
+        for entry in row["rounds"]
+    ]
+    helpful = [(row["id"], row["messages"], row["response"]) for row in samples]
+    counters = {"empty_completion": 0, "truncated_completion": 0, "too_long": 0}
+    kept = {
+        name: _examples(context, rows, counters, skipped)
+        for name, rows in (("revisions", revisions), ("helpful", helpful))
+    }
+    examples = kept["revisions"] + kept["helpful"]
+    packed = pack(examples, context.config.sft.sequence_length)
+    params, metrics = _train(context, folder, packed)
+    context.export(folder, context.base, params, "policy")
+    return {
+        "examples": {name: len(rows) for name, rows in kept.items()},
+        "skipped": skipped,
+        "counters": counters,
+        "steps": len(metrics),
+        "first_loss": metrics[0]["loss"],
+        "last_loss": metrics[-1]["loss"],
+        "packing_efficiency": sum(map(len, examples)) / packed["tokens"].size,
+    }
+
+
+def _helpful_samples(context, folder):
+    """The starting model's own answers to helpful prompts: the helpfulness part of the training set."""
+    settings = context.config.sft
+    sampler = context.sampler(context.base)
+    prompts, skipped = usable_prompts(sampler, context.prompts["helpful"], settings.helpful.max_new_tokens)
+
+    def work(shard):
+        seeds = [context.row_seed(STAGE, prompt.id, "helpful") for prompt in shard]
+        samples = sampler.generate([messages_of(prompt) for prompt in shard], settings.helpful, row_seeds=seeds)
+        return [
+            {
+                "id": prompt.id,
+                "category": prompt.category,
+                "messages": messages_of(prompt),
+                "response": sample_dict(sample),
+                "provenance": context.provenance(STAGE),
+            }
+            for prompt, sample in zip(shard, samples, strict=True)
+        ]
+
+    left = unfinished(folder, "samples", len(prompts), settings.rows_per_shard)
+    with context.progress.task("sft: helpful samples", len(prompts), "samples", done=len(prompts) - left) as task:
+        sampler.on_batch = lambda rows, tokens: task.advance(rows, tokens)
+        return make_rows(folder, "samples", prompts, settings.rows_per_shard, work), skipped
+
+
+def _examples(context, rows, counters, skipped) -> list[Example]:
+    """Prompt and completion as tokens. A truncated completion does not end, so it teaches no end of turn."""
+    tokenizer, limit = context.base.tokenizer, context.config.sft.sequence_length
+    end = turn_end_id(tokenizer)
+    examples = []
+    for row_id, messages, completion in rows:
+        prompt = encode_chat(tokenizer, messages, add_generation_prompt=True)
+        if completion["truncated"]:
+            target = encode_text(tokenizer, completion["text"])
+        else:
+            target = completion_ids(tokenizer, completion["text"], end)
+        if not completion["text"].strip():
+            counters["empty_completion"] += 1
+        elif len(prompt) + len(target) > limit:
+            counters["too_long"] += 1
+            skipped.append({"id": row_id, "reason": f"prompt and completion exceed sft.sequence_length={limit} tokens"})
+        else:
+            counters["truncated_completion"] += completion["truncated"]
+            examples.append(Example(tuple(prompt), tuple(target)))
+    return examples
+
+
+def _train(context, folder, packed):
+    settings, model = context.config.sft, context.config.model
+    per_epoch = steps_per_epoch(len(packed["tokens"]), settings.batch_size)
+    total = settings.epochs * per_epoch
+    schedule = make_schedule(settings.optimizer, total)
+    optimizer = make_optimizer(settings.optimizer, schedule)
+    state = init_state(context.base.params, optimizer, context.mesh)
+    objective = sft_objective(context.base.config, model.compute_dtype, model.remat)
+    step = make_train_step(objective, optimizer, schedule, context.mesh, state, settings.microbatches)
+
+    def advance(state, index):
+        rows = batch_rows(len(packed["tokens"]), settings.batch_size, context.config.seed, index)
+        batch = take_rows(packed, rows)
+        state, metrics = step(state, context.put_rows(batch))
+        metrics["tokens"] = metrics.pop("weight")
+        return state, metrics, int((batch["positions"] >= 0).sum())
+
+    metrics_file = MetricsFile(folder.path / "metrics.jsonl")
+    checkpoints = Checkpoints(folder.path / "checkpoints", settings.checkpoint_every)
+    state = loop.run(state, advance, total, checkpoints, metrics_file, context.progress, STAGE, "step")
+    return state.params, metrics_file.read()

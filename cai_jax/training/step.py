@@ -1,0 +1,110 @@
+"""One train step for every objective.
+
+An objective is a pure function `(params, batch) -> (sum of losses, weight, sums of metrics)`. Sums and weights, not
+means, are accumulated over microbatches in float32, so that the split of a batch does not change the result.
+"""
+
+import re
+from collections.abc import Callable
+from functools import partial
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from cai_jax import config as configs
+from cai_jax.mesh import leaf_name, shardings
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything that an update changes."""
+
+    params: dict
+    opt_state: optax.OptState
+    step: jax.Array
+
+
+def make_schedule(config: configs.Optimizer, total_steps: int) -> optax.Schedule:
+    """Linear warmup from 0, then cosine or linear decay to 0, or constant."""
+    warmup = round(config.warmup_fraction * total_steps)
+    decay_steps = max(1, total_steps - warmup)
+    after = {
+        "cosine": optax.cosine_decay_schedule(config.learning_rate, decay_steps),
+        "linear": optax.linear_schedule(config.learning_rate, 0.0, decay_steps),
+        "constant": optax.constant_schedule(config.learning_rate),
+    }[config.schedule]
+    if not warmup:
+        return after
+    return optax.join_schedules([optax.linear_schedule(0.0, config.learning_rate, warmup), after], [warmup])
+
+
+def make_optimizer(config: configs.Optimizer, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """AdamW after clipping by the global norm; weight decay on matrices only."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(
+            schedule, b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay, mask=_is_matrix
+        ),
+    )
+
+
+def _is_matrix(params):
+    """Leaves that decay: of rank two or more, not counting the axis of stacked layers."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf.ndim - bool(re.search(r"(^|/)layers/", leaf_name(path))) >= 2, params
+    )
+
+
+def init_state(params, optimizer: optax.GradientTransformation, mesh) -> TrainState:
+    """A fresh state whose moments are sharded like the parameters."""
+
+    def start(params):
+        return TrainState(params, optimizer.init(params), jnp.int32(0))
+
+    return jax.jit(start, out_shardings=shardings(mesh, jax.eval_shape(start, params)))(params)
+
+
+def make_train_step(
+    objective: Callable,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    mesh,
+    state: TrainState,
+    microbatches: int = 1,
+):
+    """The jitted step `(state, batch) -> (state, metrics)`; the state is donated.
+
+    The rows of a batch are split into `microbatches` equal parts. Metrics are float32 scalars: `loss`, `weight`,
+    `grad_norm` (before clipping), `learning_rate`, and the weighted means of what the objective reports.
+    """
+    differentiate = jax.value_and_grad(lambda params, batch: _as_aux(objective(params, batch)), has_aux=True)
+
+    @partial(jax.jit, donate_argnums=0, out_shardings=(shardings(mesh, state), None))
+    def step(state: TrainState, batch):
+        def accumulate(total, microbatch):
+            (loss, aux), grads = differentiate(state.params, microbatch)
+            return jax.tree.map(jnp.add, total, (grads, loss, *aux)), None
+
+        if microbatches == 1:
+            (loss, (weight, sums)), grads = differentiate(state.params, batch)
+        else:
+            parts = jax.tree.map(lambda x: x.reshape(microbatches, -1, *x.shape[1:]), batch)
+            first = jax.tree.map(lambda x: x[0], parts)
+            (loss, (weight, sums)), grads = jax.eval_shape(differentiate, state.params, first)
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (grads, loss, weight, sums))
+            (grads, loss, weight, sums), _ = jax.lax.scan(accumulate, zeros, parts)
+        safe_weight = jnp.maximum(weight, 1)
+        grads = jax.tree.map(lambda g: g / safe_weight, grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        metrics = {name: total / safe_weight for name, total in {**sums, "loss": loss}.items()}
+        metrics |= {"weight": weight, "grad_norm": optax.global_norm(grads), "learning_rate": schedule(state.step)}
+        return TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1), metrics
+
+    return step
+
+
+def _as_aux(result):
+    loss, weight, sums = result
+    return loss, (jnp.asarray(weight, jnp.float32), sums)

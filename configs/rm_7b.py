@@ -1,0 +1,18 @@
+"""Preference labels and the reward model at 7B, from the SL-CAI model of cai_7b."""
+
+from cai_jax import config as c
+
+
+def config() -> c.Config:
+    sl_cai = "runs/cai_7b/sft/model"
+    return c.Config(
+        description="AI preference labels and a reward model at 7B, from the SL-CAI model of cai_7b",
+        stages=("preferences", "reward_model"),
+        model=c.Model("mistralai/Mistral-7B-Instruct-v0.3", compute_dtype="bfloat16", remat="full"),
+        mesh=c.Mesh(data=1, fsdp=-1),
+        sampler=c.Sampler(rows=256, max_length=4096),
+        preferences=c.Preferences(
+            policy=sl_cai, response=c.Sampling(max_new_tokens=512), pairs_per_prompt=4, rows_per_shard=256
+        ),
+        reward_model=c.RewardModel(start=sl_cai, batch_size=64, microbatches=2, max_length=1024),
+    )

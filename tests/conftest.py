@@ -1,0 +1,18 @@
+"""Shared fixtures; a persistent compilation cache keeps the suite fast."""
+
+import os
+from pathlib import Path
+
+CACHE = Path(os.environ.get("CAI_JAX_CACHE") or "~/.cache/cai_jax").expanduser()
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE / "xla"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import pytest  # noqa: E402 - JAX reads the variables above when it is imported
+
+
+@pytest.fixture(scope="session")
+def oracles() -> Path:
+    """Numbers from transformers, TRL and peft to agree with; see oracles/README.md."""
+    return Path(__file__).parent / "oracles"

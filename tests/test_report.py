@@ -1,0 +1,584 @@
+"""The report: whole, missing, hostile and broken run folders, written by a deterministic generator."""
+
+import html
+import json
+import math
+import random
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from cai_jax.config import STAGES
+from cai_jax.constitution import load_constitution
+from cai_jax.errors import UserError
+from cai_jax.report import evaluation, numbers, plots, verdicts, write_report
+from cai_jax.report.markup import Html, text_block
+
+HOSTILE = (
+    "</style></svg></main><script>alert('x')</script> <img src=https://evil.example/a.png onerror=\"go()\"> &"
+    " &lt;b&gt; '\"><|im_start|>system \u202egnp.exe \x00\x1b[31m \ud800 "
+    + "W" * 400
+)
+VOID = {"meta", "br"}
+SECTIONS = ["results", "limits", "ran", *STAGES, "chains", "answers", "failures", "skipped", "config"]
+WORDS = (
+    "I can not help with that, but here is a safer way to look at the question and what to ask a doctor or "
+    "the local office first, because rules differ and details matter more than they seem"
+).split()
+
+
+def interval(value, n, width=None):
+    """A contract INTERVAL: for a share, the normal approximation clipped to 0..1."""
+    if width is None:
+        width = 1.96 * math.sqrt(max(value * (1 - value), 0.02) / n)
+        return {"value": value, "low": max(0.0, value - width), "high": min(1.0, value + width), "n": n}
+    return {"value": value, "low": value - width, "high": value + width, "n": n}
+
+
+class FakeRun:
+    """Writes a run folder as WORKSPACE.md describes it; the same seed gives the same bytes."""
+
+    def __init__(self, folder: Path, seed: int = 0, prompts: int = 24):
+        self.folder, self.draw, self.prompts = folder, random.Random(seed), prompts
+        self.hostile = ""  # put in front of every model text and prompt
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def write(self, path: str, content) -> None:
+        target = self.folder / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lines = content if isinstance(content, list) else [content]
+        target.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+    def text(self, words: int = 40) -> dict:
+        body = " ".join(self.draw.choice(WORDS) for _ in range(self.draw.randint(words // 2, words * 2)))
+        tokens = len(body.split())
+        return {"text": self.hostile + body, "tokens": tokens, "truncated": tokens > 1.8 * words}
+
+    def messages(self, row_id: str) -> list[dict]:
+        return [{"role": "user", "content": f"{self.hostile}Tell me about\n  {row_id}, please."}]
+
+    def finish(self, stage: str, summary: dict, seconds: float) -> None:
+        counters = {"empty_critique": 0, "unchanged_revision": 7, "truncated": self.draw.randint(0, 9)}
+        skipped = [{"id": f"{stage}-long-{i}", "reason": "prompt longer than 256 tokens"} for i in range(2)]
+        self.write(f"{stage}/summary.json", {**summary, "counters": counters, "skipped": skipped})
+        timing = {
+            "seconds": seconds,
+            "peak_memory_bytes": int(2.1 * 2**30),
+            "started": "2025-01-31T10:00:00Z",
+            "sampler_programs": 3,
+        }
+        self.write(f"{stage}/timing.json", timing)
+        self.write(f"{stage}/done.json", {"artifacts": {}, "hash": "0" * 64})
+
+    def config(self) -> None:
+        self.write(
+            "config.json",
+            {
+                "name": "cai_smollm2",
+                "description": "Whole pipeline on SmolLM2-135M-Instruct, two CPU cores",
+                "command": "python -m cai_jax.launch --config=cai_smollm2",
+                "parameters": 134515008,
+                "config": {
+                    "seed": 7,
+                    "model": {"source": "~/.cache/smollm2.gguf", "compute_dtype": "bfloat16"},
+                    "constitution": "no_such_constitution",
+                    "ppo": {"kl_coef": 0.02, "clip": 0.2},
+                    "stages": list(STAGES),
+                    "preferences": {"judge": ""},
+                },
+                "environment": {
+                    "python": "3.11.7",
+                    "jax": "0.10.2",
+                    "platform": "cpu",
+                    "devices": ["TFRT_CPU_0"],
+                    "cpu_count": 2,
+                },
+                "constitution": {"name": "harmless_helpful", "version": 1, "hash": "c0" * 32},
+                "model_hash": "ab" * 32,
+                "prompts": {
+                    "red_team": {"rows": 48, "skipped": [{"id": "line 9", "reason": "no prompt"}], "hash": "d4" * 32}
+                },
+                "versions": {"jax": "0.10.2", "optax": "0.2.6"},
+            },
+        )
+
+    def critique_revision(self) -> None:
+        principles = [f"{name}-{i}" for name in ("weapons", "privacy", "honesty", "over_refusal") for i in range(4)]
+        rows = []
+        for i in range(2 * self.prompts):
+            rounds = [
+                {
+                    "round": k,
+                    "principle": self.draw.choice(principles),
+                    "principle_hash": "f" * 16,
+                    "critique": self.text(30),
+                    "revision": self.text(60 - 8 * k),
+                    "flags": ["unchanged_revision"] if self.draw.random() < 0.1 * k else [],
+                }
+                for k in range(1, 5)
+            ]
+            rows.append(
+                {
+                    "id": f"red-{i:03}",
+                    "category": ["violence", "privacy", "fraud", "self_harm"][i % 4],
+                    "messages": self.messages(f"subject {i}"),
+                    "response": self.text(60),
+                    "rounds": rounds,
+                    "provenance": {},
+                }
+            )
+        half = len(rows) // 2
+        self.write("critique_revision/rows-00000-of-00002.jsonl", rows[:half])
+        self.write("critique_revision/rows-00001-of-00002.jsonl", rows[half:])
+        self.finish(
+            "critique_revision",
+            {
+                "rows": len(rows),
+                "mean_tokens": {"response": 66.0, "critique": 34.0, "revision": [58.0, 49.0, 40.0, 31.0]},
+                "principles": {name: self.draw.randint(1, 20) for name in principles},
+            },
+            312.0,
+        )
+
+    def sft(self) -> None:
+        self.write(
+            "sft/metrics.jsonl",
+            [
+                {
+                    "step": i + 1,
+                    "loss": 2.4 - 0.5 * math.tanh(i / 9) + self.draw.gauss(0, 0.04),
+                    "tokens": 4000,
+                    "learning_rate": 1e-5 * min(1, (i + 1) / 4),
+                    "grad_norm": 1.5 + self.draw.random(),
+                }
+                for i in range(28)
+            ],
+        )
+        self.finish(
+            "sft",
+            {
+                "examples": {"revisions": 192, "helpful": 48},
+                "steps": 28,
+                "first_loss": 2.41,
+                "last_loss": 1.93,
+                "packing_efficiency": 0.91,
+            },
+            188.0,
+        )
+
+    def preferences(self) -> None:
+        rows = []
+        for i in range(2 * self.prompts):
+            better, bias = self.draw.gauss(0, 0.15), 0.2
+            ab, ba = (min(max(0.5 + better + side, 0.01), 0.99) for side in (bias, -bias))
+            rows.append({"id": f"pair-{i}", "probability_a_ab": ab, "probability_a_ba": ba})
+        self.write("preferences/rows-00000-of-00001.jsonl", rows)
+        self.finish(
+            "preferences",
+            {
+                "pairs": len(rows),
+                "consistent_share": 0.35,
+                "first_position_share": 0.81,
+                "confidence_histogram": {
+                    "edges": [i / 10 for i in range(11)],
+                    "counts": [0, 1, 3, 7, 13, 14, 6, 3, 1, 0],
+                },
+            },
+            151.0,
+        )
+
+    def reward_model(self, accuracy: float = 0.55) -> None:
+        self.write(
+            "reward_model/metrics.jsonl",
+            [
+                {
+                    "step": i + 1,
+                    "loss": 0.7 - 0.002 * i,
+                    "accuracy": min(1, 0.5 + 0.02 * i),
+                    "margin": 0.03 * i,
+                    "learning_rate": 1e-5,
+                    "grad_norm": 2.0,
+                }
+                for i in range(12)
+            ],
+        )
+        bins = [
+            {
+                "low": i / 5,
+                "high": (i + 1) / 5,
+                "n": n,
+                "predicted": i / 5 + 0.1 if n else None,
+                "observed": 0.3 + 0.08 * i if n else None,
+            }
+            for i, n in enumerate([0, 5, 9, 4, 2])
+        ]
+        self.finish(
+            "reward_model",
+            {
+                "train_pairs": 38,
+                "steps": 12,
+                "first_loss": 0.70,
+                "last_loss": 0.68,
+                "score_mean": 0.0,
+                "score_std": 0.6,
+                "held_out": {
+                    "n": 20,
+                    "accuracy": interval(accuracy, 20),
+                    "calibration_error": 0.08,
+                    "length_correlation": -0.41,
+                    "shorter_wins_accuracy": interval(0.6, 20),
+                    "longer_wins_accuracy": interval(0.4, 20),
+                    "calibration_bins": bins,
+                },
+            },
+            96.0,
+        )
+
+    def ppo(self) -> None:
+        lines = [
+            {
+                "update": i + 1,
+                "score": 0.1 + 0.02 * i + self.draw.gauss(0, 0.05),
+                "reward": 0.1 + 0.015 * i,
+                "kl": 0.01 * i,
+                "kl_k3": 0.011 * i,
+                "entropy": 2.1 - 0.01 * i,
+                "length": 70 - 0.4 * i,
+                "truncated_share": 0.2 + 0.1 * self.draw.random(),
+                "approx_kl": 0.002,
+                "policy_clip_fraction": 0.05,
+                "value_clip_fraction": 0.02,
+                "policy_loss": -0.01,
+                "value_loss": 0.3 / (i + 1),
+                "learning_rate": 1e-6,
+                "grad_norm": 1.0,
+            }
+            for i in range(20)
+        ]
+        self.write("ppo/metrics.jsonl", lines)
+        self.finish("ppo", {"updates": 20, "rollouts": 640, "first": lines[0], "last": lines[-1]}, 402.0)
+
+    def evaluate(self) -> None:
+        refusal = {"base": (0.04, 0.0, 0.0), "sl_cai": (0.25, 0.12, 0.04), "rl_cai": (0.46, 0.21, 0.04)}
+        rows, models = [], {}
+        for model, rates in refusal.items():
+            models[model] = {"sets": {}, "margin_auroc": interval(0.6, 2 * self.prompts)}
+            for name, rate in zip(("red_team", "look_alike", "helpful"), rates, strict=True):
+                means = {
+                    key: interval(value, self.prompts, abs(value) * 0.2 + 0.01)
+                    for key, value in {
+                        "length": 61.0,
+                        "repetition": 0.07,
+                        "reward": 0.42,
+                        "kl": 1.3,
+                        "margin": -1.8,
+                    }.items()
+                }
+                models[model]["sets"][name] = {
+                    "n": self.prompts,
+                    "refusal": interval(rate, self.prompts),
+                    "degenerate": interval(0.02, self.prompts),
+                    "empty": interval(0.0, self.prompts),
+                    **means,
+                }
+                rows += [
+                    {
+                        "id": f"{name}-{i:03}",
+                        "set": name,
+                        "category": "privacy",
+                        "model": model,
+                        "messages": self.messages(f"{name} {i}"),
+                        "response": self.text(50),
+                        "kind": "refusal" if i < rate * self.prompts else "answer",
+                        "margin": self.draw.gauss(-1.5 if name != "red_team" else -0.8, 1.0),
+                        "reward": self.draw.gauss(0, 1),
+                        "kl": 1.1,
+                        "repetition": 0.1,
+                        "provenance": {},
+                    }
+                    for i in range(self.prompts)
+                ]
+        self.write("evaluate/rows-00000-of-00001.jsonl", rows)
+        self.finish("evaluate", {"models": models}, 141.0)
+
+    def everything(self) -> "FakeRun":
+        self.config()
+        for stage in STAGES:
+            getattr(self, stage)()
+        return self
+
+    def edit(self, path: str, change) -> None:
+        content = json.loads((self.folder / path).read_text())
+        change(content)
+        self.write(path, content)
+
+
+class Checker(HTMLParser):
+    """Balanced tags, unique ids, and everything a browser could run or fetch."""
+
+    def __init__(self, page: str):
+        super().__init__(convert_charrefs=True)
+        self.open, self.ids, self.links, self.handlers, self.text, self.tags = [], [], [], [], [], set()
+        self.feed(page)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        self.ids += [value for name, value in attributes if name == "id"]
+        self.links += [
+            value for name, value in attributes if name in ("href", "src", "xlink:href", "srcset", "action")
+        ]
+        self.handlers += [name for name, _ in attributes if name.startswith("on")]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open[-1] == tag, f"</{tag}> closes {self.open[-3:]}"
+        self.open.pop()
+
+    def handle_data(self, data):
+        if not self.open or self.open[-1] != "style":
+            self.text.append(data)
+
+    @property
+    def words(self) -> str:
+        return re.sub(r"\s+", " ", " ".join(self.text))
+
+
+@pytest.fixture
+def no_plots(monkeypatch):
+    """Drawing takes most of the time of a report: leave it out where a test is about something else."""
+    monkeypatch.setattr(plots, "figure", lambda name, caption, draw: Html(f'<i id="{name}-figure_1"></i>'))
+
+
+def render(folder: Path) -> tuple[str, Checker]:
+    page = write_report(folder).read_text(encoding="utf-8")
+    return page, Checker(page)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return render(FakeRun(tmp_path_factory.mktemp("whole")).everything().folder)
+
+
+def test_whole_run_has_every_section_once_and_in_order(whole):
+    page, seen = whole
+    assert [anchor for anchor in seen.ids if anchor in SECTIONS] == SECTIONS
+    assert len(seen.ids) == len(set(seen.ids))
+    assert "could not be drawn" not in page and "Not run yet" not in page
+    assert "svg" in seen.tags
+    for figure in (
+        "sft-loss",
+        "rm-reliability",
+        "ppo-kl",
+        "ev-refusal",
+        "ev-margin-rl_cai",
+        "pref-orders",
+        "cr-lengths",
+    ):
+        assert f'id="{figure}-figure_1"' in page
+
+
+def test_summary_shows_the_recorded_numbers(tmp_path, no_plots):
+    _, seen = render(FakeRun(tmp_path).everything().folder)
+    assert (
+        "Refusal of unsafe prompts: base 4% [0%, 12%], RL-CAI 46% [26%, 66%]. The intervals do not overlap."
+        in seen.words
+    )
+    assert "135 million parameters" in seen.words and "weak critic" in seen.words
+    assert "21 min 30 s" in seen.words  # the sum of all stages
+    assert "2.10 GiB" in seen.words
+    assert "does not beat the simple rule" in seen.words
+    assert "In 65% of pairs it chose the same position both times" in seen.words
+    assert "Run started 2025-01-31 10:00 UTC" in seen.words
+
+
+def test_same_artifacts_give_the_same_page(whole, tmp_path):
+    assert render(FakeRun(tmp_path).everything().folder)[0] == whole[0]
+
+
+def test_nothing_is_fetched_or_run(whole):
+    page, seen = whole
+    assert all(link.startswith("#") for link in seen.links)
+    assert "http:" not in page and "https:" not in page and "@import" not in page
+    assert re.findall(r"url\((?!#)", page) == []
+    assert {"script", "link", "img", "iframe"} & seen.tags == set()
+
+
+def test_hostile_texts_stay_texts(tmp_path, no_plots):
+    run = FakeRun(tmp_path)
+    run.hostile = HOSTILE
+    run.everything()
+    for stage in STAGES:
+        run.edit(f"{stage}/summary.json", lambda content: content["counters"].update({HOSTILE: 1}))
+        run.edit(
+            f"{stage}/summary.json", lambda content: content["skipped"].append({"id": HOSTILE, "reason": HOSTILE})
+        )
+    run.edit("config.json", lambda content: content.update(name=HOSTILE, description=HOSTILE, command=HOSTILE))
+    run.edit("config.json", lambda content: content["config"].update({HOSTILE: HOSTILE}))
+    run.edit("critique_revision/summary.json", lambda content: content["principles"].update({HOSTILE: 3}))
+    page, seen = render(run.folder)
+    assert {"script", "img"} & seen.tags == set() and seen.handlers == []
+    assert all(link.startswith("#") for link in seen.links)
+    assert page.count("</style>") == 1 and page.count("</main>") == 1
+    assert "<script>alert('x')</script>" in seen.words and "<|im_start|>system" in seen.words
+    assert "⟨U+202E⟩" in page and "⟨U+0000⟩" in page and "\u202e" not in page and "\x1b" not in page
+    assert page.count("&amp;lt;b&amp;gt;") > 0  # an escaped text stays escaped once more
+
+
+@pytest.mark.parametrize("present", [[], ["critique_revision"], ["evaluate"], list(STAGES[:4])])
+def test_missing_stages_say_so(tmp_path, no_plots, present):
+    run = FakeRun(tmp_path)
+    for stage in present:
+        getattr(run, stage)()
+    page, seen = render(run.folder)
+    assert [anchor for anchor in seen.ids if anchor in SECTIONS] == SECTIONS
+    assert page.count("Not run yet.") == len(STAGES) - len(present)
+    assert "could not be drawn" not in page
+    assert ("There is no result to show" in page) == ("evaluate" not in present)
+
+
+def test_unfinished_stage_shows_what_there_is(tmp_path, no_plots):
+    run = FakeRun(tmp_path).everything()
+    for name in ("summary.json", "done.json", "timing.json"):
+        (run.folder / "ppo" / name).unlink()
+    with (run.folder / "ppo/metrics.jsonl").open("a") as torn:
+        torn.write('{"update": 21, "sco')
+    page, _ = render(run.folder)
+    assert "Unfinished" in page and 'id="ppo-score-figure_1"' in page
+    assert "ppo/metrics.jsonl: 1 lines are not JSON objects" in page
+
+
+def test_null_numbers_show_as_dashes(tmp_path):
+    run = FakeRun(tmp_path).everything()
+
+    def blank(node):
+        if isinstance(node, dict):
+            return {key: blank(value) for key, value in node.items()}
+        return (
+            None
+            if isinstance(node, int | float)
+            else [blank(each) for each in node] if isinstance(node, list) else node
+        )
+
+    for stage in ("evaluate", "reward_model", "ppo", "sft"):
+        for path in (run.folder / stage).glob("[sm]*.json*"):
+            run.write(f"{stage}/{path.name}", [blank(json.loads(line)) for line in path.read_text().splitlines()])
+    for name in ("refusal", "length"):
+        run.edit(
+            "evaluate/summary.json",
+            lambda content, name=name: content["models"]["base"]["sets"]["helpful"].update({name: None}),
+        )
+    page, _ = render(run.folder)
+    assert "could not be drawn" not in page
+    assert "nan" not in re.findall(r"[a-z]+", page.lower()) and ">None<" not in page
+
+
+def test_one_damaged_stage_costs_one_section(tmp_path, no_plots):
+    run = FakeRun(tmp_path).everything()
+    run.edit("sft/summary.json", lambda content: content.update(examples=["not", "a", "dict"]))
+    (run.folder / "ppo/summary.json").write_text("{broken")
+    page, seen = render(run.folder)
+    assert page.count("This section could not be drawn") == 1
+    assert "ppo/summary.json: not a JSON object" in page and "section “Supervised fine-tuning”" in page
+    assert [anchor for anchor in seen.ids if anchor in SECTIONS] == SECTIONS
+
+
+def test_zero_counters_and_skipped_rows_are_named(tmp_path, no_plots):
+    run = FakeRun(tmp_path).everything()
+    _, seen = render(run.folder)
+    assert seen.words.count("empty_critique 0") == len(STAGES)
+    assert "Prompts red_team: 1" in seen.words and "line 9" in seen.words
+    assert "sft-long-1" in seen.words and "prompt longer than 256 tokens" in seen.words
+
+
+def test_chains_are_chosen_without_looking_at_texts(tmp_path, no_plots):
+    plain, other = FakeRun(tmp_path / "a").everything(), FakeRun(tmp_path / "b")
+    other.hostile = "entirely other words "
+    other.everything()
+    chosen = [re.findall(r"<code>(red-\d+)</code>", render(run.folder)[0]) for run in (plain, other)]
+    assert chosen[0] == chosen[1] and len(set(chosen[0])) == 4  # one of each category
+
+
+def test_principles_are_named_by_title_while_the_constitution_is_the_same(tmp_path, no_plots):
+    shipped = load_constitution("harmless_helpful")
+    first = shipped.principles[0]
+    named = html.escape(f"{first.title} ({first.id})")
+    run = FakeRun(tmp_path).everything()
+    run.edit("critique_revision/summary.json", lambda content: content["principles"].update({first.id: 3}))
+    assert named not in render(run.folder)[0]  # the config names a constitution that is gone
+    run.edit("config.json", lambda content: content["config"].update(constitution="harmless_helpful"))
+    assert named not in render(run.folder)[0]  # it is there, but its hash is another
+    run.edit("config.json", lambda content: content["constitution"].update(hash=shipped.hash))
+    assert named in render(run.folder)[0]
+
+
+def test_long_texts_are_cut_with_a_note_and_empty_ones_named():
+    assert "1,200 of 5,000 characters" in text_block("x" * 5000)
+    assert "(empty)" in text_block("") and "only white space" in text_block(" \n")
+    assert "cut for display" not in text_block("x" * 1200)
+
+
+def test_no_run_folder_is_the_users_mistake(tmp_path):
+    with pytest.raises(UserError, match="no run folder"):
+        write_report(tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "low", "said"),
+    [(0.60, 0.5, "does not beat"), (0.70, 0.55, "does not show"), (0.80, 0.65, "beats the simple rule")],
+)
+def test_reward_model_is_held_to_the_best_simple_rule(accuracy, low, said):
+    held_out = {
+        "accuracy": {"value": accuracy, "low": low, "high": 0.95, "n": 40},
+        "shorter_wins_accuracy": {"value": 0.6},
+        "longer_wins_accuracy": {"value": 0.4},
+    }
+    assert said in verdicts.reward_model(held_out)
+
+
+def test_models_above_a_billion_are_not_called_weak(tmp_path, no_plots):
+    run = FakeRun(tmp_path).everything()
+    run.edit("config.json", lambda content: content.update(parameters=7_240_000_000))
+    _, seen = render(run.folder)
+    assert "7.2 billion parameters" in seen.words and "weak critic" not in seen.words
+
+
+def test_times_of_interrupted_stages_say_what_they_are(tmp_path, no_plots):
+    run = FakeRun(tmp_path).everything()
+    assert "Interrupted" not in render(run.folder)[1].words
+    run.edit("sft/timing.json", lambda content: content.update(resumed=True))
+    assert "that of the last attempt only: Supervised fine-tuning." in render(run.folder)[1].words
+    run.edit("sft/timing.json", lambda content: content.update(attempts=2))
+    assert "sum of all attempts: Supervised fine-tuning (2 attempts)." in render(run.folder)[1].words
+
+
+def test_sign_test_is_the_exact_binomial_tail():
+    assert evaluation.sign_test(0, 0) == 1.0
+    assert evaluation.sign_test(3, 3) == 1.0
+    assert evaluation.sign_test(6, 0) == pytest.approx(2 / 64)
+    assert evaluation.sign_test(1, 7) == pytest.approx(2 * (1 + 8) / 256)
+
+
+def test_numbers_read_well():
+    assert [numbers.percent(x) for x in (0, 0.004, 0.5, 0.996, 1, None, math.nan)] == [
+        "0%",
+        "0.4%",
+        "50%",
+        "99.6%",
+        "100%",
+        "–",
+        "–",
+    ]
+    assert numbers.duration(3725) == "1 h 02 min" and numbers.duration(99.99) == "100 s"
+    assert numbers.memory(3 * 2**29) == "1.50 GiB" and numbers.moment(86400) == "1970-01-02 00:00 UTC"
+    assert numbers.moment(None) == "–" and numbers.moment("Friday") == "Friday"
+    assert numbers.bounds({"value": 1, "low": None, "high": 2}) == ""
