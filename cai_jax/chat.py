@@ -1,13 +1,13 @@
 """Chats as token ids. Text is data: only the chat template writes control tokens, whatever the messages say.
 
-A control token is a special token of the tokenizer, an added token of the form <|...|>, or an added token that
-the chat template itself writes (such as <think>). Two steps keep them out of reach of a message:
+A control token is a special token of the tokenizer, an added token of the form <|...|>, or an added token
+that the chat template itself writes (such as <think>). Two steps keep them out of reach of a message:
 
 1. The template is rendered with a slot in place of each message's text, so every control token in the result
    was written by the template.
-2. These control tokens get other names, drawn when the process starts, in the rendered text and in a copy of
-   the tokenizer. Then the slots are filled, and the copy reads the whole: a control token's usual name inside a
-   message is mere letters to it, and everything else is cut into tokens as before.
+2. These control tokens get other names, drawn when the process starts, in the rendered text and in a copy
+   of the tokenizer. Then the slots are filled, and the copy reads the whole: a control token's usual name
+   inside a message is mere letters to it, and everything else is cut into tokens as before.
 
 Where a family writes its turns in plain letters (the [INST] of Llama 2), no encoding can tell a message that
 holds these letters from the template.
@@ -43,14 +43,14 @@ def encode_chat(
 
     messages: [{"role": "system" | "user" | "assistant", "content": text}, ...].
     add_generation_prompt: end with the template's opening of an assistant turn.
-    continue_final: the last message is an assistant turn and stays open, so that generation or scoring goes on
-    after its text (add_generation_prompt is then without effect).
+    continue_final: the last message is an assistant turn and stays open, so that generation or scoring goes
+    on after its text (add_generation_prompt is then without effect).
 
     Equal to tokenizer.apply_chat_template for messages that hold no control tokens; a control token inside a
     message is encoded as ordinary characters. Where the template refuses system turns or turns that do not
-    alternate, a system text moves to the front of the next user turn and neighbours of one role are joined by
-    an empty line. Raises UserError where there is no template, or it refuses the conversation all the same, or
-    a message is malformed.
+    alternate, neighbours of one role are joined by an empty line and, if it must be, a system text moves to
+    the front of the next user turn. Raises UserError where there is no template, or it refuses the
+    conversation all the same, or a message is malformed.
     """
     _check_messages(messages, continue_final)
     rendered, texts = _render(
@@ -64,8 +64,8 @@ def encode_chat(
 def turn_end_id(tokenizer) -> int:
     """The one token that ends an assistant turn: the EOS that fine-tuning teaches.
 
-    It is the first control token that the template writes after an assistant's text; where the template writes
-    none, the tokenizer's EOS. Raises UserError where there is neither, or no template.
+    It is the first control token that the template writes after an assistant's text; where the template
+    writes none, the tokenizer's EOS. Raises UserError where there is neither, or no template.
     """
     dialogue = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Hello."}]
     rendered, texts = _render(tokenizer, dialogue, add_generation_prompt=False, slot_last=True)
@@ -74,14 +74,14 @@ def turn_end_id(tokenizer) -> int:
         return armour.ids[found.group()]
     if tokenizer.eos_token_id is None:
         raise UserError(
-            f"{_name(tokenizer)}: neither its chat template nor its tokenizer has a token that ends an assistant "
-            "turn; set eos_token in tokenizer_config.json"
+            f"{_name(tokenizer)}: neither its chat template nor its tokenizer has a token that ends an "
+            "assistant turn; set eos_token in tokenizer_config.json"
         )
     return tokenizer.eos_token_id
 
 
 def stop_ids(tokenizer, config_eos_ids: int | Iterable[int] | None) -> tuple[int, ...]:
-    """The tokens that end a generation, ascending: the model config's EOS (one, some or None) and turn_end_id."""
+    """The tokens that end a generation, sorted: turn_end_id and the model config's EOS (id, ids or None)."""
     configured = [config_eos_ids] if isinstance(config_eos_ids, int) else config_eos_ids or ()
     return tuple(sorted({*map(int, configured), turn_end_id(tokenizer)}))
 
@@ -103,11 +103,11 @@ def decode_text(tokenizer, tokens: Iterable[int]) -> str:
 
 
 def completion_ids(tokenizer, text: str, eos_id: int) -> list[int]:
-    """What a model should write after a prompt that ends with the opening of an assistant turn: text, then EOS.
+    """What a model should write after a prompt that ends with the opening of an assistant turn.
 
-    With eos_id = turn_end_id(tokenizer), and a template that writes text and end of turn right after the
-    opening, encode_chat(prompt) + completion_ids(text) is the template's form of the whole dialogue, for a text
-    without white space at its ends.
+    That is the text, then EOS. With eos_id = turn_end_id(tokenizer), and a template that writes text and end
+    of turn right after the opening, encode_chat(prompt) + completion_ids(text) is the template's form of the
+    whole dialogue, for a text without white space at its ends.
     """
     return [*encode_text(tokenizer, text), eos_id]
 
@@ -132,9 +132,8 @@ class _Armour:
             slot = match.group("slot")
             return texts[int(slot)] if slot else self.aliases[match.group()]
 
-        return self.encode(
-            self.pattern.sub(fill, rendered)
-        )  # in one pass: what fills a slot is not read again
+        filled = self.pattern.sub(fill, rendered)  # in one pass: what fills a slot is not read again
+        return self.encode(filled)
 
 
 def _armour(tokenizer) -> _Armour:
@@ -198,24 +197,23 @@ def _renamed(tokenizer: dict, aliases: dict[str, str]) -> dict:
         ]
     if model.get("unk_token") in aliases:
         model["unk_token"] = aliases[model["unk_token"]]
-    # The post-processor names BOS and EOS, which the template writes; a cut or padded chat would be a lie.
-    return tokenizer | {"model": model, "post_processor": None, "truncation": None, "padding": None}
+    # A tokenizer keeps the truncation and padding of its last call.
+    return tokenizer | {"model": model, "truncation": None, "padding": None}
 
 
 # ---------------------------------------------------------------- templates
 
 
 def _render(tokenizer, messages, add_generation_prompt: bool, slot_last: bool) -> tuple[str, dict[int, str]]:
-    """The template's text with slots, and the text of each slot, in the first form that the template takes."""
+    """The template's text with slots, and the text of each slot, in the first form the template takes."""
     if not tokenizer.chat_template:
         raise UserError(
-            f"{_name(tokenizer)}: its tokenizer has no chat template; take an instruction-tuned version of the "
-            "model, or put a chat_template.jinja in its folder"
+            f"{_name(tokenizer)}: its tokenizer has no chat template; take an instruction-tuned version of "
+            "the model, or put a chat_template.jinja in its folder"
         )
     forms: tuple[Callable, ...] = (
         lambda turns: turns,
         _merge_neighbours,
-        _fold_system,
         lambda turns: _merge_neighbours(_fold_system(turns)),
     )
     reason = ""
@@ -236,10 +234,11 @@ def _render(tokenizer, messages, add_generation_prompt: bool, slot_last: bool) -
 
 
 def _with_slots(messages: list[dict], slot_last: bool) -> tuple[list[dict], dict[int, str]]:
-    """Messages with slots for texts; the white space around a text stays, for the template to keep or to trim.
+    """Messages with slots for texts, and the texts.
 
-    A message of white space stays as it is, so that a template sees that it is empty; the last one gets a
-    slot all the same where the place of its text must be known.
+    The white space around a text stays, for the template to keep or to trim. A message of white space stays
+    as it is, so that a template sees that it is empty; the last one gets a slot all the same where the place
+    of its text must be known.
     """
     slotted, texts = [], {}
     for number, message in enumerate(messages):

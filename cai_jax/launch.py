@@ -7,6 +7,7 @@
 Exit codes: 0 done, 2 a mistake that the user can mend (one line on stderr), 130 interrupted.
 """
 
+import contextlib
 import dataclasses
 import errno
 import os
@@ -92,8 +93,13 @@ def run(name: str, config: Config, fresh: bool, command: list[str]) -> Path:
             "environment": _environment(),
             **context.describe(),
         })
-        for stage in config.stages:
-            context.run_stage(stage)
+        try:
+            for stage in config.stages:
+                context.run_stage(stage)
+        except BaseException:
+            with contextlib.suppress(Exception):  # the report of what there is; the first error is what counts
+                write_report(run_dir)
+            raise
         return write_report(run_dir)
 
 

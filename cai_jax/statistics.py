@@ -136,11 +136,7 @@ def _area_bound(area: float, end: float, positives: int, negatives: int) -> floa
     """The area between the estimate and an end (0 or 1) that lies 1.96 of its own standard errors away."""
 
     def too_far(candidate):
-        spread = (
-            1
-            + (positives - 1) * (1 - candidate) / (2 - candidate)
-            + (negatives - 1) * candidate / (1 + candidate)
-        )
+        spread = 1 + (positives - 1) * (1 - candidate) / (2 - candidate) + (negatives - 1) * candidate / (1 + candidate)
         variance = candidate * (1 - candidate) / (positives * negatives) * spread
         return (candidate - area) ** 2 > Z**2 * variance
 
@@ -148,4 +144,4 @@ def _area_bound(area: float, end: float, positives: int, negatives: int) -> floa
     for _ in range(60):
         middle = (near + far) / 2
         near, far = (near, middle) if too_far(middle) else (middle, far)
-    return near if not too_far(far) else (near + far) / 2
+    return near

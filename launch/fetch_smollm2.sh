@@ -41,7 +41,7 @@ if [ -n "$dry_run" ]; then
   exit 0
 fi
 [ ! -e "$model" ] || fail "$model is there but not whole; remove it and run this again"
-mkdir -p "$cache" || fail "cannot make the folder $cache; name another one"
+mkdir -p "$cache" 2>/dev/null || fail "cannot make the folder $cache; name another one"
 cache=$(cd "$cache" && pwd)
 model=$cache/SmolLM2-135M-Instruct
 

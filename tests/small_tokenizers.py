@@ -5,7 +5,17 @@ import os
 from functools import cache
 from pathlib import Path
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from cai_jax.models.byte_tokenizer import byte_tokenizer
@@ -27,7 +37,7 @@ You are a helpful assistant.<|im_end|>
 ' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant
 ' }}{% endif %}"""
 
-# A thinking family: the last assistant turn gets a <think> block, and a </think> in a turn cuts what it follows.
+# A thinking family: the last assistant turn gets a <think> block; a </think> in a turn cuts what it follows.
 THINKING = (
     "{%- for m in messages %}{%- set content = m.content %}"
     "{%- if m.role == 'assistant' %}{%- if '</think>' in content %}"
@@ -138,6 +148,11 @@ def byte_fallback(chat_template, added, gemma=False, **names):
         to_text.append(decoders.Strip(content=" ", left=1))
     tokenizer.decoder = decoders.Sequence(to_text)
     tokenizer.add_tokens(added)
+    # What such tokenizers add to any text of their own accord; a template writes it itself.
+    start = controls.index(names["bos_token"]) + 1
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=[names["bos_token"], "$A"], special_tokens=[(names["bos_token"], start)]
+    )
     return wrapped(tokenizer, chat_template, unk_token="<unk>", **names)
 
 
@@ -151,6 +166,22 @@ def unigram(chat_template, added, **names):
         vocab_size=200, special_tokens=["<unk>", *added], unk_token="<unk>", show_progress=False
     )
     tokenizer.train_from_iterator(PAGE, trainer)
+    return wrapped(tokenizer, chat_template, unk_token="<unk>", **names)
+
+
+def letters(chat_template, added, **names):
+    """BPE that knows few letters, writes <unk> for others, and whose merges would join letters to <s>."""
+    known = sorted(set("".join(PAGE)) - set(" 你好世界")) + ["\u2581"]
+    vocabulary = dict.fromkeys(["<unk>", *(token.content for token in added), *known, "<s", "ou"])
+    model = models.BPE(
+        vocab={token: number for number, token in enumerate(vocabulary)},
+        merges=[("<", "s"), ("<s", ">"), ("o", "u")],
+        unk_token="<unk>",
+    )
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="never")
+    tokenizer.add_tokens(added)
     return wrapped(tokenizer, chat_template, unk_token="<unk>", **names)
 
 
@@ -185,7 +216,9 @@ BUILDERS = {
         THINKING,
         [
             *special("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
-            *plain("<tool_call>", "</tool_call>", "<think>", "</think>", "<|fim_prefix|>", "<table>", "user"),
+            *plain(
+                "<tool_call>", "</tool_call>", "<think>", "</think>", "<|fim_prefix|>", "<table>", "assistant"
+            ),
         ],
         pre_tokenizers.Split(Regex(LLAMA3_WORDS), behavior="isolated"),
         special_in_vocabulary=False,
@@ -231,6 +264,9 @@ BUILDERS = {
         ],
         bos_token="<s>",
         eos_token="<|endoftext|>",
+    ),
+    "letters": lambda: letters(
+        INST_TOKENS, special("<s>", "</s>", "[INST]", "[/INST]"), bos_token="<s>", eos_token="</s>"
     ),
     "unigram": lambda: unigram(CHATML, special("<|im_start|>", "<|im_end|>"), eos_token="<|im_end|>"),
 }

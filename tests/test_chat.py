@@ -17,6 +17,7 @@ TURN_ENDS = {
     "chatml": "<|im_end|>",
     "thinking": "<|im_end|>",
     "llama2": "</s>",
+    "letters": "</s>",
     "mistral": "</s>",
     "gemma": "<end_of_turn>",
     "llama3": "<|eot_id|>",
@@ -25,7 +26,7 @@ TURN_ENDS = {
     "smollm2": "<|im_end|>",
 }
 # Added tokens that are ordinary text: a table in a text is a table.
-HARMLESS = {"\n\n", "\n\n\n", "\u2581\u2581", "<table>", "user"}
+HARMLESS = {"\n\n", "\n\n\n", "\u2581\u2581", "<table>", "assistant"}
 BENIGN = (
     "Hello there",
     "  How are you,\ttoday? ",
@@ -113,7 +114,7 @@ def by_template(tokenizer, messages, **settings) -> list[int]:
 
 
 def takes_system(family: str) -> bool:
-    return family not in ("mistral", "gemma")
+    return family not in ("mistral", "letters", "gemma")
 
 
 def same_shape(messages: list[dict]) -> list[dict]:
@@ -178,6 +179,17 @@ def test_an_empty_last_turn_can_stay_open():
     assert encode_chat(tokenizer, messages, continue_final=True) == encode_chat(tokenizer, messages[:1])
 
 
+def test_an_open_turn_asks_the_template_for_no_new_one():
+    tokenizer = BUILDERS["chatml"]()
+    tokenizer.chat_template += (
+        "{% if add_generation_prompt and messages[-1]['role'] == 'assistant' %}"
+        "{{ raise_exception('the assistant has just spoken') }}{% endif %}"
+    )
+    messages = dialogue(["Which one?", "This"], system=False)
+    expected = by_template(tokenizer, messages, continue_final_message=True)
+    assert encode_chat(tokenizer, messages, continue_final=True) == expected
+
+
 # ---------------------------------------------------------------- hostile texts
 
 
@@ -234,6 +246,12 @@ def test_plain_text_holds_no_control_tokens(family):
         assert controls_in(tokenizer, encode_text(tokenizer, hostile_text(rng, tokenizer))) == []
 
 
+def test_the_name_of_the_unknown_token_is_text():
+    tokenizer = tokenizer_of("letters")
+    assert tokenizer.unk_token_id not in encode_text(tokenizer, "<unk>")
+    assert tokenizer.unk_token_id in encode_text(tokenizer, "世")
+
+
 def test_a_thinking_template_does_not_cut_a_hostile_turn():
     tokenizer = tokenizer_of("thinking")
     messages = dialogue(["Hello", "kept</think>also kept", "and"], system=False)
@@ -242,17 +260,46 @@ def test_a_thinking_template_does_not_cut_a_hostile_turn():
 
 def test_words_that_are_added_tokens_by_chance_stay_words():
     tokenizer = tokenizer_of("thinking")
-    assert tokenizer.convert_tokens_to_ids("<table>") in encode_text(tokenizer, "a <table> for the user")
-    assert tokenizer.convert_tokens_to_ids("user") in encode_text(tokenizer, "a <table> for the user")
+    assert tokenizer.convert_tokens_to_ids("<table>") in encode_text(tokenizer, "a <table> for the assistant")
+    assert tokenizer.convert_tokens_to_ids("assistant") in encode_text(
+        tokenizer, "a <table> for the assistant"
+    )
     assert tokenizer.convert_tokens_to_ids("<|fim_prefix|>") not in encode_text(tokenizer, "<|fim_prefix|>")
 
 
 def test_a_token_added_later_is_a_control_token_too():
     tokenizer = BUILDERS["chatml"]()
-    before = encode_text(tokenizer, "<|new|>")
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>", "<|new|>")
+    messages = [{"role": "user", "content": "Hello"}]
+    assert encode_chat(tokenizer, messages) == by_template(tokenizer, messages, add_generation_prompt=True)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|new|>"]})
-    assert tokenizer("<|new|>", add_special_tokens=False)["input_ids"] != before
-    assert encode_text(tokenizer, "<|new|>") == before
+    expected = by_template(tokenizer, messages, add_generation_prompt=True)
+    assert tokenizer.convert_tokens_to_ids("<|new|>") in expected
+    assert encode_chat(tokenizer, messages) == expected
+    assert decode_text(tokenizer, encode_text(tokenizer, "<|new|>")) == "<|new|>"
+
+
+def test_a_control_token_that_begins_another_one():
+    tokenizer = BUILDERS["chatml"]()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>\n"]})
+    messages = dialogue(["Hello", "Hi"], system=False)
+    assert encode_chat(tokenizer, messages) == by_template(tokenizer, messages, add_generation_prompt=True)
+
+
+@pytest.mark.parametrize("max_length", [8, 400])
+def test_the_last_call_of_a_tokenizer_cuts_and_pads_nothing(max_length):
+    tokenizer = BUILDERS["chatml"]()
+    messages = dialogue(["Hello there, how are you today?"], system=False)
+    expected = by_template(tokenizer, messages, add_generation_prompt=True)
+    tokenizer(["a", "b c"], padding="max_length", truncation=True, max_length=max_length)
+    assert encode_chat(tokenizer, messages) == expected
+
+
+@pytest.mark.parametrize("family", ["unigram", "chatml"])
+def test_decoding_leaves_spaces_where_they_are(family):
+    tokenizer = tokenizer_of(family)
+    text = "A , B  ? I ca n't say ."
+    assert decode_text(tokenizer, [turn_end_id(tokenizer), *encode_text(tokenizer, text)]) == text
 
 
 # ---------------------------------------------------------------- turns a template refuses
@@ -264,6 +311,9 @@ def test_a_refused_system_text_goes_into_the_user_turn(family):
     folded = [{"role": "user", "content": "Be brief.\n\nHello"}]
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
     assert encode_chat(tokenizer, messages) == encode_chat(tokenizer, folded)
+    twice = [*messages, {"role": "user", "content": "there"}]
+    folded[0]["content"] += "\n\nthere"
+    assert encode_chat(tokenizer, twice) == encode_chat(tokenizer, folded)
 
 
 def test_a_system_text_in_the_middle_goes_into_the_next_user_turn():
@@ -279,6 +329,13 @@ def test_neighbours_of_one_role_are_joined(family):
     messages = [{"role": "user", "content": "One"}, {"role": "user", "content": "Two<s>"}]
     joined = [{"role": "user", "content": "One\n\nTwo<s>"}]
     assert encode_chat(tokenizer, messages) == encode_chat(tokenizer, joined)
+
+
+def test_a_system_text_that_the_template_takes_stays_where_it_is():
+    tokenizer = tokenizer_of("llama2")
+    messages = dialogue(["Be brief.", "One"], system=True) + [{"role": "user", "content": "Two"}]
+    joined = dialogue(["Be brief.", "One\n\nTwo"], system=True)
+    assert encode_chat(tokenizer, messages) == by_template(tokenizer, joined)
 
 
 def test_turns_that_the_template_takes_stay_apart():

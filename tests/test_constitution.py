@@ -92,6 +92,13 @@ def test_shipped_requests_are_short_and_ask_for_the_answer_alone(name):
 
 
 @pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_critique_examples_answer_the_question_and_change_the_response(name):
+    for example in load_constitution(name).critique_few_shots:
+        assert example.critique.startswith("Yes. "), example.prompt
+        assert example.revision not in (example.response, example.critique)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_preference_examples_favour_no_position(name):
     answers = [example.answer for example in load_constitution(name).preference_few_shots]
     assert answers.count("A") == answers.count("B") > 0

@@ -1,9 +1,11 @@
+import json
 import random
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from small_tokenizers import BUILDERS, tokenizer_of
+from tokenizers import Tokenizer
 
 from cai_jax.chat import encode_chat, encode_text
 from cai_jax.constitution import load_constitution
@@ -82,7 +84,7 @@ def test_a_revision_extends_the_critique_of_the_whole_conversation():
 def test_what_can_be_prefilled_once_begins_every_request(family):
     tokenizer = tokenizer_of(family)
     preamble = critique_preamble(CONSTITUTION)
-    # A template may write its last turn otherwise, so the shared part is what two different rows have in common.
+    # A template may write its last turn otherwise: the shared part is what two rows have in common.
     shared = encode_chat(tokenizer, preamble[:-1], add_generation_prompt=False)
     whole = encode_chat(tokenizer, preamble + critique_request(ROW, "R", KIND))
     assert whole[: len(shared) - 1] == shared[:-1]
@@ -106,10 +108,6 @@ def test_each_option_is_one_token_after_the_open_answer(family):
 
 def with_merges(*merges):
     """A byte-level tokenizer that joins these pairs too."""
-    import json
-
-    from tokenizers import Tokenizer
-
     tokenizer = BUILDERS["random"]()
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     for left, right in merges:
@@ -122,7 +120,6 @@ def with_merges(*merges):
 
 def test_an_option_that_melts_into_the_bracket_takes_another_form():
     answer = resolve_options(with_merges(("(", "A")))
-    assert answer.prefix == "The better response is:" or answer.prefix.endswith("\n")
     assert "(" not in answer.prefix
 
 

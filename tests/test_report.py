@@ -13,7 +13,8 @@ import pytest
 from cai_jax.config import STAGES
 from cai_jax.constitution import load_constitution
 from cai_jax.errors import UserError
-from cai_jax.report import evaluation, numbers, plots, verdicts, write_report
+from cai_jax.report import data_sections, evaluation, numbers, plots, verdicts, write_report
+from cai_jax.report.artifacts import read_run
 from cai_jax.report.markup import Html, text_block
 
 HOSTILE = (
@@ -60,7 +61,7 @@ class FakeRun:
         return [{"role": "user", "content": f"{self.hostile}Tell me about\n  {row_id}, please."}]
 
     def finish(self, stage: str, summary: dict, seconds: float) -> None:
-        counters = {"empty_critique": 0, "unchanged_revision": 7, "truncated": self.draw.randint(0, 9)}
+        counters = {"critique_empty": 0, "revision_unchanged": 7, "truncated": self.draw.randint(0, 9)}
         skipped = [{"id": f"{stage}-long-{i}", "reason": "prompt longer than 256 tokens"} for i in range(2)]
         self.write(f"{stage}/summary.json", {**summary, "counters": counters, "skipped": skipped})
         timing = {
@@ -108,23 +109,26 @@ class FakeRun:
         principles = [f"{name}-{i}" for name in ("weapons", "privacy", "honesty", "over_refusal") for i in range(4)]
         rows = []
         for i in range(2 * self.prompts):
-            rounds = [
-                {
-                    "round": k,
-                    "principle": self.draw.choice(principles),
-                    "principle_hash": "f" * 16,
-                    "critique": self.text(30),
-                    "revision": self.text(60 - 8 * k),
-                    "flags": ["unchanged_revision"] if self.draw.random() < 0.1 * k else [],
-                }
-                for k in range(1, 5)
-            ]
+            response, rounds = self.text(60), []
+            for k in range(1, 5):
+                unchanged = self.draw.random() < 0.1 * k
+                newest = rounds[-1]["revision"] if rounds else response
+                rounds.append(
+                    {
+                        "round": k,
+                        "principle": self.draw.choice(principles),
+                        "principle_hash": "f" * 16,
+                        "critique": self.text(30),
+                        "revision": newest if unchanged else self.text(60 - 8 * k),
+                        "flags": ["revision_unchanged"] if unchanged else [],
+                    }
+                )
             rows.append(
                 {
                     "id": f"red-{i:03}",
                     "category": ["violence", "privacy", "fraud", "self_harm"][i % 4],
                     "messages": self.messages(f"subject {i}"),
-                    "response": self.text(60),
+                    "response": response,
                     "rounds": rounds,
                     "provenance": {},
                 }
@@ -495,9 +499,19 @@ def test_one_damaged_stage_costs_one_section(tmp_path, no_plots):
 def test_zero_counters_and_skipped_rows_are_named(tmp_path, no_plots):
     run = FakeRun(tmp_path).everything()
     _, seen = render(run.folder)
-    assert seen.words.count("empty_critique 0") == len(STAGES)
+    assert seen.words.count("critique_empty 0") == len(STAGES)
     assert "Prompts red_team: 1" in seen.words and "line 9" in seen.words
     assert "sft-long-1" in seen.words and "prompt longer than 256 tokens" in seen.words
+
+
+def test_unchanged_revisions_are_counted_by_their_texts(tmp_path):
+    run = FakeRun(tmp_path)
+    run.critique_revision()
+    rows = list(read_run(run.folder).rows("critique_revision"))
+    _, rounds = data_sections._rounds(read_run(run.folder))
+    for number in (1, 2, 3, 4):
+        flagged = sum("revision_unchanged" in row["rounds"][number - 1]["flags"] for row in rows)
+        assert rounds[number]["unchanged"] == flagged and rounds[number]["rows"] == len(rows)
 
 
 def test_chains_are_chosen_without_looking_at_texts(tmp_path, no_plots):

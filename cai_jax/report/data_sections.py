@@ -66,11 +66,13 @@ def _rounds(run: Run) -> tuple[dict[str, list], dict[int, Counter]]:
     lengths, rounds = defaultdict(list), defaultdict(Counter)
     for row in run.rows("critique_revision"):
         lengths["response"].append(row["response"]["tokens"])
+        newest = row["response"]["text"].strip()
         for place in row["rounds"]:
             lengths[f"round {place['round']}"].append(place["revision"]["tokens"])
             tally = rounds[place["round"]]
             tally["rows"] += 1
-            tally["unchanged"] += "unchanged_revision" in place["flags"]
+            before, newest = newest, place["revision"]["text"].strip()
+            tally["unchanged"] += newest == before
             tally["truncated"] += bool(place["revision"]["truncated"])
             tally["critique cut"] += bool(place["critique"]["truncated"])
     return lengths, dict(sorted(rounds.items()))

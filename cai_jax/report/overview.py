@@ -42,13 +42,13 @@ TEXTS = [
 def title(run: Run) -> Html:
     """Name, description and date of the run."""
     starts = [stage.timing.get("started") for stage in run.stages.values() if stage.timing.get("started")]
-    when = moment(min(starts, key=lambda start: (str(type(start)), start))) if starts else "date not recorded"
+    first = min(starts, key=lambda start: (str(type(start)), start), default=None)
     return el(
         "header",
         el("p", "Constitutional AI in JAX · report of a run", class_="kicker"),
         el("h1", run.config.get("name") or run.folder.resolve().name),
         el("p", run.config.get("description") or "No description recorded.", class_="lead"),
-        el("p", "Run started ", when, class_="note"),
+        el("p", f"Run started {moment(first)}" if first else "Date of the run: not recorded", class_="note"),
     )
 
 
@@ -165,12 +165,16 @@ def _model_size(run: Run) -> str:
         )
     if size < BILLION:
         return (
-            f"The model has {size / 1e6:,.0f} million parameters. A model of this size is a weak"
+            f"The model has {_millions(size)} parameters. A model of this size is a weak"
             f" critic{'' if judge else ' and a weak judge'}: many critiques and revisions below are off the"
             " point. This run shows that the whole loop works, not how well the method works."
             + labels
         )
     return f"The model has {size / BILLION:,.1f} billion parameters." + labels
+
+
+def _millions(size: int) -> str:
+    return f"{size / 1e6:,.0f} million" if size >= 10**6 else count(size)
 
 
 def what_ran(run: Run) -> Html:

@@ -59,7 +59,7 @@ def _chain(row: dict, titles: dict[str, str]) -> Html:
         el("h4", "Response"),
         text_block(row["response"]["text"]),
         extent(row["response"]),
-        [badge(flag, "bad") for flag in row.get("flags") or []],
+        _flags(row.get("flags") or []),
         [_round(step, titles) for step in row["rounds"]],
     )
 
@@ -72,7 +72,7 @@ def _round(step: dict, titles: dict[str, str]) -> Html:
             f"Round {step['round']}: ",
             principle_name(step["principle"], titles),
             " ",
-            [badge(flag, "bad") for flag in step["flags"]],
+            _flags(step["flags"]),
         ),
         el(
             "div",
@@ -82,6 +82,11 @@ def _round(step: dict, titles: dict[str, str]) -> Html:
         ),
         class_="round",
     )
+
+
+def _flags(flags: list[str]) -> list[Html]:
+    """Badges; what was cut says so below its own text."""
+    return [badge(flag, "bad") for flag in flags if not flag.endswith("_truncated")]
 
 
 def failures(run: Run) -> Html:

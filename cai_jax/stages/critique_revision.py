@@ -11,7 +11,7 @@ from cai_jax.stages.rows import counted, make_rows, mean, messages_of, sample_di
 STAGE = "critique_revision"
 FLAGS = (
     "response_truncated", "response_empty", "critique_truncated", "critique_empty",
-    "revision_truncated", "revision_empty", "revision_unchanged", "context_full",
+    "revision_truncated", "revision_empty", "revision_unchanged", "revision_copies_critique", "context_full",
 )  # fmt: skip
 
 
@@ -113,6 +113,7 @@ def _round_flags(newest, critique, revision) -> list[str]:
         "revision_truncated": revision.truncated,
         "revision_empty": not revision.text.strip(),
         "revision_unchanged": revision.text.strip() == newest.strip(),
+        "revision_copies_critique": bool(critique.text.strip()) and revision.text.strip() == critique.text.strip(),
     }
     return [name for name, is_raised in raised.items() if is_raised]
 

@@ -1,0 +1,166 @@
+"""The whole pipeline on a tiny random model: run, killed and resumed, refused, and read by others."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cai_jax.config import STAGES
+
+COMMAND = [sys.executable, "-m", "cai_jax.launch", "--config=tiny"]
+# In each stage, a file whose appearance says that the stage is under way and far from done.
+MIDDLES = {
+    "critique_revision": "rows-00000-of-*.jsonl",
+    "sft": "checkpoints/2",
+    "preferences": "pairs-00001-of-*.jsonl",
+    "reward_model": "checkpoints/2",
+    "ppo": "checkpoints/1",
+    "evaluate": "rows-base-00000-of-*.jsonl",
+}
+
+
+def launch(run_dir: Path, *flags: str) -> subprocess.CompletedProcess:
+    return subprocess.run([*COMMAND, f"--run_dir={run_dir}", *flags], capture_output=True, text=True, timeout=400)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    run_dir = tmp_path_factory.mktemp("runs") / "undisturbed"
+    result = launch(run_dir)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip().endswith("report.html")
+    return run_dir
+
+
+@pytest.fixture
+def copy(finished, tmp_path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "copy"))
+
+
+def artifacts(run_dir: Path) -> dict[str, bytes]:
+    """Everything that must not depend on when and how often a run was killed."""
+    ignored = ("timing.json", "config.json", "log.txt", "report.html", "lock")
+    files = (path for path in sorted(run_dir.rglob("*")) if path.is_file())
+    kept = (path for path in files if path.name not in ignored or path.parent.name == "model")
+    return {path.relative_to(run_dir).as_posix(): path.read_bytes() for path in kept}
+
+
+def summary(run_dir: Path, stage: str) -> dict:
+    return json.loads((run_dir / stage / "summary.json").read_text())
+
+
+def test_every_stage_leaves_its_artifacts_and_the_report_shows_them(finished):
+    report = (finished / "report.html").read_text()
+    for stage in STAGES:
+        done = json.loads((finished / stage / "done.json").read_text())
+        assert {"summary.json", "fingerprint.json"} <= set(done["artifacts"])
+        assert not (finished / stage / "checkpoints").exists()
+        assert json.loads((finished / stage / "timing.json").read_text())["peak_memory_bytes"] > 2**20
+    assert "not run yet" not in report
+    assert set(summary(finished, "evaluate")["models"]) == {"base", "sl_cai", "rl_cai"}
+
+
+def test_a_run_killed_in_every_stage_ends_with_the_same_bytes(finished, tmp_path):
+    run_dir = tmp_path / "killed"
+    for stage, middle in MIDDLES.items():
+        process = subprocess.Popen(
+            [*COMMAND, f"--run_dir={run_dir}"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
+        )
+        deadline = time.monotonic() + 300
+        while not list((run_dir / stage).glob(middle)):
+            assert process.poll() is None, f"{stage} ended before its middle: {process.stderr.read().decode()}"
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        assert not (run_dir / stage / "done.json").exists(), f"the kill came too late for {stage}"
+    result = launch(run_dir)
+    assert result.returncode == 0, result.stderr
+    assert "going on where it stopped" in result.stderr
+    expected, got = artifacts(finished), artifacts(run_dir)
+    assert sorted(got) == sorted(expected)
+    assert [name for name in expected if got[name] != expected[name]] == []
+
+
+def test_a_finished_run_does_nothing_again(copy):
+    before = {path: path.stat().st_mtime_ns for path in copy.rglob("model/*")}
+    result = launch(copy)
+    assert result.returncode == 0
+    assert result.stderr.count("skipped") == len(STAGES)
+    assert {path: path.stat().st_mtime_ns for path in copy.rglob("model/*")} == before
+
+
+def test_a_changed_config_is_refused_by_name_and_fresh_does_it_again(copy):
+    refused = launch(copy, "--set", "ppo.kl_coef=0.5")
+    assert refused.returncode == 2
+    assert "ppo.kl_coef 0.02 -> 0.5" in refused.stderr and "--fresh" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    again = launch(copy, "--set", "ppo.kl_coef=0.5", "--stages=ppo,evaluate", "--fresh")
+    assert again.returncode == 0, again.stderr
+    fingerprint = json.loads((copy / "ppo" / "fingerprint.json").read_text())
+    assert fingerprint["config.ppo.kl_coef"] == 0.5
+
+
+def test_an_altered_artifact_is_noticed(copy):
+    shard = next((copy / "critique_revision").glob("rows-*.jsonl"))
+    shard.write_text(shard.read_text().replace('"round"', '"Round"'))
+    result = launch(copy)
+    assert result.returncode == 2 and shard.name in result.stderr and "Traceback" not in result.stderr
+
+
+def test_a_stage_without_its_input_is_refused(tmp_path):
+    result = launch(tmp_path / "run", "--stages=ppo")
+    assert result.returncode == 2
+    assert "needs the artifacts of stage sft" in result.stderr
+
+
+def test_rows_are_read_by_datasets_and_carry_their_provenance(finished):
+    import datasets
+
+    for stage, prefix in (("critique_revision", "rows"), ("sft", "samples"), ("preferences", "rows"), ("evaluate", "rows")):
+        files = sorted(str(path) for path in (finished / stage).glob(f"{prefix}-*.jsonl"))
+        rows = datasets.load_dataset("json", data_files=files, split="train", cache_dir=str(finished / "cache"))
+        assert len(rows) > 0
+        assert {"constitution", "constitution_hash", "model_hash", "seed", "stage"} <= set(rows[0]["provenance"])
+    shutil.rmtree(finished / "cache")
+    config = json.loads((finished / "config.json").read_text())
+    for row in map(json.loads, (finished / "critique_revision" / "rows-00000-of-00002.jsonl").read_text().splitlines()):
+        assert row["provenance"]["constitution_hash"] == config["constitution"]["hash"]
+        assert [entry["round"] for entry in row["rounds"]] == [1, 2]
+        assert all(entry["principle_hash"] for entry in row["rounds"])
+
+
+def test_both_orders_of_a_label_are_averaged(finished):
+    rows = [json.loads(line) for path in sorted((finished / "preferences").glob("rows-*")) for line in open(path)]
+    assert rows
+    for row in rows:
+        assert row["probability_a"] == pytest.approx((row["probability_a_ab"] + row["probability_a_ba"]) / 2)
+        assert row["consistent"] == ((row["probability_a_ab"] > 0.5) == (row["probability_a_ba"] > 0.5))
+
+
+def test_training_moved_and_ppo_measured(finished):
+    metrics = [json.loads(line) for line in open(finished / "ppo" / "metrics.jsonl")]
+    assert [line["update"] for line in metrics] == [1, 2]
+    assert abs(metrics[0]["kl"]) < 1e-3, "the first rollouts are the reference's own"
+    assert metrics[1]["kl"] != metrics[0]["kl"]
+    assert summary(finished, "sft")["last_loss"] < summary(finished, "sft")["first_loss"]
+
+
+def test_two_runs_in_one_folder_are_refused(copy):
+    shutil.rmtree(copy / "evaluate")
+    first = subprocess.Popen([*COMMAND, f"--run_dir={copy}"], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    try:
+        while not (copy / "evaluate").exists():
+            time.sleep(0.01)
+            assert first.poll() is None
+        second = launch(copy)
+        assert second.returncode == 2 and "in use" in second.stderr
+    finally:
+        first.kill()
+        first.communicate()

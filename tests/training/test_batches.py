@@ -1,0 +1,61 @@
+"""Packing and order: nothing lost, nothing mixed, and the batch of a step is a function of the step."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cai_jax.training.batches import Example, batch_rows, pack, right_padded, steps_per_epoch, take_rows
+
+EXAMPLES = st.lists(
+    st.tuples(st.lists(st.integers(1, 9), min_size=1, max_size=8), st.lists(st.integers(1, 9), min_size=1, max_size=8)),
+    min_size=1,
+    max_size=30,
+).map(lambda rows: [Example(tuple(prompt), tuple(completion)) for prompt, completion in rows])
+
+
+@settings(deadline=None, max_examples=60)
+@given(EXAMPLES)
+def test_every_example_comes_out_of_the_pack_once_and_whole(examples):
+    packed = pack(examples, 16)
+    found = []
+    for row in range(len(packed["tokens"])):
+        for segment in range(1, packed["segments"][row].max() + 1):
+            inside = packed["segments"][row] == segment
+            tokens, targets = packed["tokens"][row, inside], packed["targets"][row, inside]
+            assert packed["positions"][row, inside].tolist() == list(range(len(tokens)))
+            split = int((targets == 0).sum())
+            assert targets.tolist() == [0] * split + [1] * (len(tokens) - split)
+            found.append(Example(tuple(tokens[:split].tolist()), tuple(tokens[split:].tolist())))
+    key = lambda e: (e.prompt, e.completion)  # noqa: E731
+    assert sorted(found, key=key) == sorted(examples, key=key)
+    pads = packed["segments"] == 0
+    assert (packed["positions"][pads] == -1).all() and not packed["targets"][pads].any()
+
+
+def test_packing_wastes_little_and_refuses_what_cannot_fit():
+    rng = np.random.default_rng(0)
+    examples = [Example((1,) * int(n), (2,) * int(n)) for n in rng.integers(5, 60, 200)]
+    packed = pack(examples, 256)
+    assert sum(map(len, examples)) / packed["tokens"].size > 0.95
+    with pytest.raises(ValueError, match="does not fit"):
+        pack([Example((1,) * 200, (2,) * 100)], 256)
+
+
+@pytest.mark.parametrize("count, batch_size", [(10, 4), (8, 4), (3, 4), (1, 1)])
+def test_an_epoch_visits_every_row_once_and_epochs_differ(count, batch_size):
+    steps = steps_per_epoch(count, batch_size)
+    epochs = []
+    for epoch in range(3):
+        rows = np.concatenate([batch_rows(count, batch_size, 5, epoch * steps + i) for i in range(steps)])
+        assert sorted(rows[rows >= 0]) == list(range(count))
+        epochs.append(rows.tolist())
+    if count > 3:
+        assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_empty_rows_hold_nothing():
+    tokens, positions = right_padded([[5, 6], [7]], 4)
+    batch = take_rows({"tokens": tokens, "positions": positions}, np.array([1, -1]))
+    assert batch["tokens"].tolist() == [[7, 0, 0, 0], [0, 0, 0, 0]]
+    assert batch["positions"].tolist() == [[0, -1, -1, -1], [-1, -1, -1, -1]]

@@ -1,0 +1,137 @@
+"""The one train step: packing, microbatches and padding change nothing; gradients are those of transformers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from cai_jax import config as configs
+from cai_jax.config import Mesh
+from cai_jax.mesh import make_mesh, put_rows
+from cai_jax.models.pretrained import load_model
+from cai_jax.objectives.model_losses import reward_objective, sft_objective
+from cai_jax.training.batches import Example, pack, right_padded
+from cai_jax.training.step import init_state, make_optimizer, make_schedule, make_train_step
+
+
+@pytest.fixture(scope="module")
+def model(oracles):
+    return load_model(oracles / "llama_tied")
+
+
+def examples(count=8, seed=0):
+    rng = np.random.default_rng(seed)
+    return [
+        Example(tuple(rng.integers(3, 128, rng.integers(2, 9)).tolist()), tuple(rng.integers(3, 128, 6).tolist()))
+        for _ in range(count)
+    ]
+
+
+def one_step(model, objective, batch, microbatches=1, learning_rate=1e-2):
+    mesh = make_mesh(Mesh())
+    optimizer_config = configs.Optimizer(learning_rate=learning_rate, schedule="constant", warmup_fraction=0.0)
+    schedule = make_schedule(optimizer_config, 10)
+    optimizer = make_optimizer(optimizer_config, schedule)
+    state = init_state(model.params, optimizer, mesh)
+    step = make_train_step(objective, optimizer, schedule, mesh, state, microbatches)
+    state, metrics = step(state, put_rows(mesh, batch))
+    return state, {name: float(x) for name, x in metrics.items()}
+
+
+def unpacked(rows, length=32):
+    return {name: np.concatenate([pack([e], length)[name] for e in rows]) for name in pack(rows[:1], length)}
+
+
+def test_sft_loss_and_gradient_equal_those_of_transformers(oracles, model):
+    data = np.load(oracles / "losses" / "sft_nll.npz")
+    positions = np.where(data["attention_mask"] > 0, np.cumsum(data["attention_mask"], 1) - 1, -1)
+    batch = {
+        "tokens": data["input_ids"].astype(np.int32),
+        "positions": positions.astype(np.int32),
+        "segments": data["attention_mask"].astype(np.int32),
+        "targets": (data["labels"] != -100).astype(np.int32),
+    }
+
+    def loss(params):
+        total, count, _ = sft_objective(model.config)(params, batch)
+        return total / count
+
+    value, grads = jax.jit(jax.value_and_grad(loss))(model.params)
+    np.testing.assert_allclose(value, data["loss"], rtol=1e-5)
+    np.testing.assert_allclose(grads["embed"], data["grad_embed"], atol=1e-5)
+    np.testing.assert_allclose(optax.global_norm(grads), data["grad_norm"], rtol=1e-4)
+
+
+def test_packed_rows_train_as_rows_of_their_own(model):
+    rows = examples()
+    packed_state, packed = one_step(model, sft_objective(model.config), pack(rows, 32))
+    own_state, own = one_step(model, sft_objective(model.config), unpacked(rows))
+    assert packed["weight"] == own["weight"] == 6 * len(rows)
+    np.testing.assert_allclose(packed["loss"], own["loss"], rtol=1e-5)
+    np.testing.assert_allclose(packed["grad_norm"], own["grad_norm"], rtol=1e-4)
+
+
+def test_microbatches_of_unequal_weight_give_the_gradient_of_the_whole_batch(model):
+    batch = unpacked(examples())
+    batch["targets"][:3] = 0  # the first microbatch weighs far less than the others: a mean of means would differ
+    whole_state, whole = one_step(model, sft_objective(model.config), batch)
+    split_state, split = one_step(model, sft_objective(model.config), batch, microbatches=4)
+    np.testing.assert_allclose(whole["loss"], split["loss"], rtol=1e-5)
+    np.testing.assert_allclose(whole["grad_norm"], split["grad_norm"], rtol=1e-4)
+    assert whole["weight"] == split["weight"]
+
+
+def test_rematerialisation_changes_no_gradient(model):
+    batch = unpacked(examples())
+    _, plain = one_step(model, sft_objective(model.config), batch)
+    _, again = one_step(model, sft_objective(model.config, remat="full"), batch)
+    np.testing.assert_allclose(plain["grad_norm"], again["grad_norm"], rtol=1e-5)
+
+
+def test_bfloat16_operands_stay_near_float32(model):
+    batch = unpacked(examples())
+    state, exact = one_step(model, sft_objective(model.config), batch)
+    half_state, half = one_step(model, sft_objective(model.config, "bfloat16"), batch)
+    assert abs(exact["loss"] - half["loss"]) < 0.02 * exact["loss"] and exact["loss"] != half["loss"]
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(half_state.params))
+
+
+def test_the_end_of_turn_token_gets_a_gradient(model):
+    """Cutting completions before the end token is a known fault: the model then never learns to stop."""
+    end = 2
+    rows = [Example((5, 6, 7), (8, 9, end))]
+    state, _ = one_step(model, sft_objective(model.config), pack(rows, 8), learning_rate=1e-3)
+
+    def end_logprob(params):
+        loss, _, _ = sft_objective(model.config)(params, pack([Example((5, 6, 7, 8, 9), (end,))], 8))
+        return -float(loss)
+
+    assert end_logprob(state.params) > end_logprob(model.params) + 0.05
+
+
+def reward_batch(pairs, length):
+    tokens, positions = right_padded([text for pair in pairs for text in pair], length)
+    return {
+        "tokens": tokens.reshape(-1, 2, length),
+        "positions": positions.reshape(-1, 2, length),
+        "probability": np.linspace(0.1, 0.9, len(pairs)).astype(np.float32),
+        "real": np.ones(len(pairs), np.int32),
+    }
+
+
+def test_reward_loss_does_not_see_padding_or_empty_rows(oracles):
+    model = load_model(oracles / "llama_tied_reward")
+    rng = np.random.default_rng(1)
+    pairs = [[rng.integers(3, 128, rng.integers(3, 12)).tolist() for _ in "ab"] for _ in range(4)]
+    objective = reward_objective(model.config)
+    _, short = one_step(model, objective, reward_batch(pairs, 12))
+    _, long = one_step(model, objective, reward_batch(pairs, 40))
+    padded = reward_batch(pairs, 12)
+    empty = {name: np.concatenate([x, np.zeros_like(x[:2])]) for name, x in padded.items()}
+    empty["positions"][-2:] = -1
+    _, filled = one_step(model, objective, empty)
+    for name in ("loss", "grad_norm", "accuracy", "margin"):
+        np.testing.assert_allclose(short[name], long[name], rtol=2e-5)
+        np.testing.assert_allclose(short[name], filled[name], rtol=2e-5)
+    assert filled["weight"] == 4
