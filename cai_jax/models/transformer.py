@@ -156,7 +156,7 @@ def rotate(x_BTHN, rope_BTN):
 
 
 def visible(query_positions_BT, key_positions_BS, window, query_segments_BT=None, key_segments_BS=None):
-    """Which keys a query may see `[B, T, S]`: real, not later, inside the window, of its own segment or of segment 0."""
+    """Which keys a query may see `[B, T, S]`: real, not later, in the window, of its own segment or of segment 0."""
     distance = query_positions_BT[:, :, None] - key_positions_BS[:, None, :]
     seen = (distance >= 0) & (distance < window) & (key_positions_BS >= 0)[:, None, :]
     if query_segments_BT is not None:

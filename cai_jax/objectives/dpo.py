@@ -8,9 +8,7 @@ from .logprobs import as_float
 KINDS = ("sigmoid", "ipo", "hinge", "robust")
 
 
-def terms(
-    policy_chosen_B, policy_rejected_B, ref_chosen_B, ref_rejected_B, beta, kind="sigmoid", smoothing=0.0
-):
+def terms(policy_chosen_B, policy_rejected_B, ref_chosen_B, ref_rejected_B, beta, kind="sigmoid", smoothing=0.0):
     """The loss of each pair, [B]; see loss."""
     chosen_B = as_float(policy_chosen_B) - as_float(ref_chosen_B)
     rejected_B = as_float(policy_rejected_B) - as_float(ref_rejected_B)
@@ -30,9 +28,7 @@ def terms(
     return jax.nn.relu(1 - beta * gap_B)
 
 
-def loss(
-    policy_chosen_B, policy_rejected_B, ref_chosen_B, ref_rejected_B, beta, kind="sigmoid", smoothing=0.0
-):
+def loss(policy_chosen_B, policy_rejected_B, ref_chosen_B, ref_rejected_B, beta, kind="sigmoid", smoothing=0.0):
     """Mean loss over pairs of h = (policy - reference of chosen) - (policy - reference of rejected).
 
     Args:

@@ -9,10 +9,20 @@ from functools import partial
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from cai_jax.models import kernels
 from cai_jax.models.families import ModelConfig
-from cai_jax.models.transformer import attention, block, embed, layer_data, rms_norm, rope_tables, visible
+from cai_jax.models.transformer import (
+    NEGATIVE,
+    block,
+    embed,
+    layer_data,
+    rms_norm,
+    rope_tables,
+    softcap,
+    visible,
+)
 
 
 @flax.struct.dataclass
@@ -56,11 +66,11 @@ def prepare(config: ModelConfig, params, dtype):
     return {**params, "layers": layers}
 
 
-def extend(config: ModelConfig, weights, cache: Cache, tokens_BT, positions_BT, segments_BT, cursor):
+def extend(config: ModelConfig, weights, cache: Cache, tokens_BT, positions_BT, segments_BT, cursor, prefix=None):
     """Run tokens through the decoder, appending them to the cache at `cursor`.
 
-    Returns the cache and the final-norm hidden states `[B, T, D]`. A token sees every earlier entry of its row
-    that is of its own segment or of segment 0.
+    Returns the cache and the final-norm hidden states `[B, T, D]`. A token sees every earlier entry of its row that
+    is of its own segment or of segment 0, and all of `prefix`, a one-row cache that every row shares.
     """
     cache = cache.replace(
         positions_SB=_write(cache.positions_SB, positions_BT.T, cursor),
@@ -75,30 +85,38 @@ def extend(config: ModelConfig, weights, cache: Cache, tokens_BT, positions_BT, 
         def attend(q_BTHN, k_BTKN, v_BTKN, i=i):
             keys[i] = _write(keys[i], k_BTKN.transpose(1, 2, 0, 3), cursor)
             values[i] = _write(values[i], v_BTKN.transpose(1, 2, 0, 3), cursor)
-            visible_BTS = visible(
-                positions_BT, cache.positions_SB.T, windows_L[i], segments_BT, cache.segments_SB.T
-            )
-            k_BSKN, v_BSKN = keys[i].transpose(2, 0, 1, 3), values[i].transpose(2, 0, 1, 3)
-            return attention(config, q_BTHN, k_BSKN, v_BSKN, visible_BTS)
+            see = partial(visible, positions_BT, window=windows_L[i], query_segments_BT=segments_BT)
+            own = see(cache.positions_SB.T, key_segments_BS=cache.segments_SB.T)
+            parts = [("skbn", keys[i], values[i], own)]
+            if prefix is not None:
+                shared = see(prefix.positions_SB.T, key_segments_BS=prefix.segments_SB.T)
+                parts.insert(0, ("skn", prefix.keys[i][:, :, 0], prefix.values[i][:, :, 0], shared))
+            return _attention_over_parts(config, q_BTHN, parts)
 
         x_BTD = block(config, layer_weights, x_BTD, rope_RBTN[config.rope_of_layer[i]], attend)
     cache = cache.replace(keys=tuple(keys), values=tuple(values))
     return cache, rms_norm(config, x_BTD, weights["final_norm"])
 
 
-def with_prefix(cache: Cache, prefix: Cache) -> Cache:
-    """Put the entries of a one-row prefix at the start of every row."""
-    rows = cache.positions_SB.shape[1]
-    return Cache(
-        keys=tuple(_write(k, _to_rows(p, rows, 2), 0) for k, p in zip(cache.keys, prefix.keys, strict=True)),
-        values=tuple(_write(v, _to_rows(p, rows, 2), 0) for v, p in zip(cache.values, prefix.values, strict=True)),
-        positions_SB=_write(cache.positions_SB, _to_rows(prefix.positions_SB, rows, 1), 0),
-        segments_SB=cache.segments_SB,
+def _attention_over_parts(config: ModelConfig, q_BTHN, parts):
+    """Attention whose keys lie in several places: (letters of keys and values, keys, values, visible_BTS) each.
+
+    A prefix that all rows share ("skn") is read once for the whole batch instead of once a row.
+    """
+    rows, length, heads, size = q_BTHN.shape
+    q_BTKGN = q_BTHN.reshape(rows, length, config.n_kv_heads, -1, size)
+    scores = []
+    for letters, keys, _, visible_BTS in parts:
+        part = jnp.einsum(f"btkgn,{letters}->bkgts", q_BTKGN, keys, preferred_element_type=q_BTHN.dtype)
+        part = softcap(part * config.query_scale, config.attn_softcap)
+        scores.append(jnp.where(visible_BTS[:, None, None], part, NEGATIVE))
+    probabilities = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1)
+    ends = np.cumsum([keys.shape[0] for _, keys, _, _ in parts])[:-1]
+    mixed = sum(
+        jnp.einsum(f"bkgts,{letters}->btkgn", share.astype(values.dtype), values, preferred_element_type=q_BTHN.dtype)
+        for share, (letters, _, values, _) in zip(jnp.split(probabilities, ends, axis=-1), parts, strict=True)
     )
-
-
-def _to_rows(x, rows, axis):
-    return jnp.repeat(x, rows, axis=axis)
+    return mixed.reshape(rows, length, heads, size)
 
 
 def _write(array, update, cursor):

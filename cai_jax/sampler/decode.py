@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from cai_jax.models.families import ModelConfig
 from cai_jax.models.transformer import NEGATIVE, unembed
-from cai_jax.sampler.cache import Cache, empty_cache, extend, with_prefix
+from cai_jax.sampler.cache import Cache, empty_cache, extend
 
 
 @flax.struct.dataclass
@@ -68,11 +68,11 @@ def generate(
     before any filter (temperature 1 for a greedy row), and the length of every completion.
     """
     rows, last = tokens_BT.shape[0], tokens_BT.shape[1] - 1
-    cache, positions_BT, cursor = _start(config, prefix, mask_BT, new_tokens, dtype)
+    cache, positions_BT, shared = _start(config, prefix, mask_BT, new_tokens, dtype)
     if last:  # the loop begins with the last token of the prompt
         before_BT = tokens_BT[:, :last]
         cache, _ = extend(
-            config, weights, cache, before_BT, positions_BT[:, :last], jnp.zeros_like(before_BT), cursor
+            config, weights, cache, before_BT, positions_BT[:, :last], jnp.zeros_like(before_BT), 0, shared
         )
     last_positions_B = positions_BT[:, -1]
     progress = Progress(
@@ -89,8 +89,8 @@ def generate(
         cache, progress = state
         positions_B1 = jnp.where(progress.live_B, last_positions_B + progress.count, -1)[:, None]
         tokens_B1 = progress.last_token_B[:, None]
-        place = cursor + last + progress.count
-        cache, hidden_BTD = extend(config, weights, cache, tokens_B1, positions_B1, jnp.zeros_like(tokens_B1), place)
+        segments_B1, place = jnp.zeros_like(tokens_B1), last + progress.count
+        cache, hidden_BTD = extend(config, weights, cache, tokens_B1, positions_B1, segments_B1, place, shared)
         return cache, emit(unembed(config, weights, hidden_BTD[:, 0]), progress, settings)
 
     cache, progress = jax.lax.while_loop(lambda state: jnp.any(state[1].live_B), step, (cache, progress))
@@ -122,7 +122,7 @@ def score(config: ModelConfig, weights, prefix: Prefix, tokens_BT, mask_BT, opti
     """
     prompt_length = tokens_BT.shape[1]
     rows, option_length = options["tokens"].shape
-    cache, prompt_positions_BT, cursor = _start(config, prefix, mask_BT, option_length, dtype)
+    cache, prompt_positions_BT, shared = _start(config, prefix, mask_BT, option_length, dtype)
     end_B = prompt_positions_BT[:, -1:] + 1
     option_positions_BO = jnp.where(options["segment"] > 0, end_B + options["offset"], -1)
     _, hidden_BTD = extend(
@@ -132,7 +132,8 @@ def score(config: ModelConfig, weights, prefix: Prefix, tokens_BT, mask_BT, opti
         jnp.concatenate([tokens_BT, options["tokens"]], axis=1),
         jnp.concatenate([prompt_positions_BT, option_positions_BO], axis=1),
         jnp.concatenate([jnp.zeros_like(tokens_BT), options["segment"]], axis=1),
-        cursor,
+        0,
+        shared,
     )
     before_BO = prompt_length - 1 + jnp.where(options["offset"] > 0, jnp.arange(option_length), 0)
 
@@ -171,21 +172,39 @@ def filtered_logits(logits_BV, seen_BV, settings: RowSettings):
     penalised_BV = jnp.where(logits_BV > 0, logits_BV / penalty_B1, logits_BV * penalty_B1)
     logits_BV = jnp.where(seen_BV, penalised_BV, logits_BV)
     logits_BV = logits_BV / jnp.where(settings.temperature == 0, 1.0, settings.temperature)[:, None]
-    vocabulary = logits_BV.shape[-1]
-    sorted_BV = -jnp.sort(-logits_BV, axis=-1)
-    last_B1 = jnp.where(settings.top_k > 0, jnp.minimum(settings.top_k, vocabulary), vocabulary)[:, None] - 1
-    kept_BV = logits_BV >= jnp.take_along_axis(sorted_BV, last_B1, axis=-1)
-    # Of the tokens that top-k left, keep the fewest whose mass reaches top_p: those before which less has been seen.
-    sorted_BV = jnp.where(jnp.arange(vocabulary) <= last_B1, sorted_BV, NEGATIVE)
-    mass_BV = jax.nn.softmax(sorted_BV)
-    before_BV = jnp.cumsum(mass_BV, axis=-1) - mass_BV
-    inside_BV = (before_BV < settings.top_p[:, None]).at[:, 0].set(True)
-    floor_B1 = jnp.min(jnp.where(inside_BV, sorted_BV, jnp.inf), axis=-1, keepdims=True)
-    kept_BV &= (logits_BV >= floor_B1) | (settings.top_p >= 1)[:, None]
-    logits_BV = jnp.where(kept_BV, logits_BV, NEGATIVE)
+    unfiltered_B = settings.top_k <= 0
+    count_B = jnp.where(unfiltered_B, logits_BV.shape[-1], settings.top_k).astype(jnp.float32)
+    floor_B = highest_floor(logits_BV, jnp.ones_like(logits_BV), count_B)
+    logits_BV = jnp.where((logits_BV >= floor_B[:, None]) | unfiltered_B[:, None], logits_BV, NEGATIVE)
+    unfiltered_B = settings.top_p >= 1
+    probability_BV = jax.nn.softmax(logits_BV)
+    floor_B = highest_floor(logits_BV, probability_BV, settings.top_p)
+    logits_BV = jnp.where((logits_BV >= floor_B[:, None]) | unfiltered_B[:, None], logits_BV, NEGATIVE)
     probability_BV = jax.nn.softmax(logits_BV)
     enough_BV = probability_BV >= settings.min_p[:, None] * jnp.max(probability_BV, axis=-1, keepdims=True)
     return jnp.where(enough_BV, logits_BV, NEGATIVE)
+
+
+def highest_floor(x_BV, weights_BV, target_B):
+    """The highest value such that the weights of all entries at or above it add up to the target, `[B]`.
+
+    With weights of one it is the k-th largest entry, with probabilities the floor of top-p. Found bit by bit, 32
+    sums over the row, which is many times faster than sorting a vocabulary on a CPU. Entries equal to the floor
+    stand or fall together.
+    """
+    bits_BV = jax.lax.bitcast_convert_type(x_BV.astype(jnp.float32), jnp.uint32)
+    sign = jnp.uint32(1 << 31)
+    ordered_BV = jnp.where(bits_BV & sign, ~bits_BV, bits_BV | sign)  # the order of floats as unsigned ints
+
+    def try_bit(i, floor_B):
+        higher_B = floor_B | (sign >> i.astype(jnp.uint32))
+        weight_B = jnp.sum(jnp.where(ordered_BV >= higher_B[:, None], weights_BV, 0), axis=-1)
+        return jnp.where(weight_B >= target_B, higher_B, floor_B)
+
+    floor_B = jax.lax.fori_loop(0, 32, try_bit, jnp.zeros(x_BV.shape[0], jnp.uint32))
+    floor_B = jnp.where(floor_B & sign, floor_B ^ sign, ~floor_B)
+    found_B = jax.lax.bitcast_convert_type(floor_B, jnp.float32)
+    return jnp.where(jnp.isnan(found_B), -jnp.inf, found_B)  # no such value: rounding kept the sum below the target
 
 
 def pick(x_BV, token_B):
@@ -194,13 +213,11 @@ def pick(x_BV, token_B):
 
 
 def _start(config, prefix: Prefix, mask_BT, room, dtype):
-    """A cache that begins with the prefix, the positions of the prompt after it, and where to write next."""
+    """An empty cache for prompt and completion, the positions of the prompt, and the shared cache, if any."""
     start = prefix.tokens_S.shape[0]
-    cache = empty_cache(config, mask_BT.shape[0], start + mask_BT.shape[1] + room, dtype)
-    if start:
-        cache = with_prefix(cache, prefix.cache)
+    cache = empty_cache(config, mask_BT.shape[0], mask_BT.shape[1] + room, dtype)
     positions_BT = jnp.where(mask_BT, start + jnp.cumsum(mask_BT.astype(jnp.int32), axis=1) - 1, -1)
-    return cache, positions_BT, start
+    return cache, positions_BT, prefix.cache if start else None
 
 
 def _seen_tokens(config, prefix_S, tokens_BT, mask_BT):

@@ -73,9 +73,9 @@ def test_the_least_loss_is_where_the_model_believes_the_label(margin):
 
 
 def test_certain_pairs_stay_finite():
-    loss_B, gradient_B = jax.vmap(
-        jax.value_and_grad(lambda c: pairwise.bradley_terry(c[None], jnp.zeros(1)))
-    )(jnp.array([-1e4, 1e4]))
+    loss_B, gradient_B = jax.vmap(jax.value_and_grad(lambda c: pairwise.bradley_terry(c[None], jnp.zeros(1))))(
+        jnp.array([-1e4, 1e4])
+    )
     np.testing.assert_allclose(loss_B, [1e4, 0.0])
     np.testing.assert_allclose(gradient_B, [-1.0, 0.0])
 

@@ -76,9 +76,7 @@ def slow_advantages(rewards_BT, values_BT, gamma, lam):
         reward, value = rewards_BT[row, real], np.append(values_BT[row, real], 0.0)
         delta = [reward[i] + gamma * value[i + 1] - value[i] for i in range(len(real))]
         for i, position in enumerate(real):
-            advantages_BT[row, position] = sum(
-                (gamma * lam) ** (j - i) * delta[j] for j in range(i, len(real))
-            )
+            advantages_BT[row, position] = sum((gamma * lam) ** (j - i) * delta[j] for j in range(i, len(real)))
     return advantages_BT
 
 
@@ -126,9 +124,7 @@ def test_whitening_has_mean_zero_and_unbiased_variance_one_over_real_tokens():
 def test_whitening_without_spread_is_finite(marked):
     mask_BT = np.zeros((2, 3))
     mask_BT[0, :marked] = 1
-    whitened_BT, gradient_BT = jax.value_and_grad(lambda x: ppo.whiten(x, mask_BT).sum())(
-        jnp.full((2, 3), 4.0)
-    )
+    whitened_BT, gradient_BT = jax.value_and_grad(lambda x: ppo.whiten(x, mask_BT).sum())(jnp.full((2, 3), 4.0))
     assert float(whitened_BT) == 0.0 and np.isfinite(gradient_BT).all()
 
 
@@ -171,9 +167,7 @@ def test_terms_sum_to_the_losses_over_any_split():
     new, old, advantages, values = arrays(4)
     for terms, loss in ((ppo.policy_terms, ppo.policy_loss), (ppo.value_terms, ppo.value_loss)):
         want, want_metrics = loss(new, old, advantages + values, MASK_BT, 0.2)
-        parts = [
-            terms(new[i], old[i], (advantages + values)[i], MASK_BT[i], 0.2) for i in ([0, 3], [1, 2, 4])
-        ]
+        parts = [terms(new[i], old[i], (advantages + values)[i], MASK_BT[i], 0.2) for i in ([0, 3], [1, 2, 4])]
         real = MASK_BT.sum()
         np.testing.assert_allclose(sum(float(x.sum()) for x, _ in parts) / real, want, rtol=1e-5)
         for name, value in want_metrics.items():
