@@ -75,8 +75,8 @@ def _check_divides(mesh, name, shape, spec):
             continue
         fitting = [n for n in range(1, mesh.devices.size + 1) if size % n == 0]
         raise UserError(
-            f"mesh axis {mesh_axis}={mesh.shape[mesh_axis]} does not divide axis {axis} (size {size}) of leaf '{name}': "
-            f"set mesh.{mesh_axis} to one of {fitting}"
+            f"mesh axis {mesh_axis}={mesh.shape[mesh_axis]} does not divide axis {axis} (size {size}) of "
+            f"leaf '{name}': set mesh.{mesh_axis} to one of {fitting}"
         )
 
 

@@ -15,6 +15,7 @@ def values(config: ModelConfig, params, tokens_BT, positions_BT, remat="none"):
 
 def reward(config: ModelConfig, params, tokens_BT, mask_BT=None):
     """Score of every row, `[B]` float32, read at its last real token; left or right padding give the same."""
+    tokens_BT = jnp.asarray(tokens_BT)
     positions_BT = positions_from_mask(tokens_BT, mask_BT)
     return last_real(values(config, params, tokens_BT, positions_BT), positions_BT)
 

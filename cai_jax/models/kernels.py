@@ -4,12 +4,22 @@ The dtype of a kernel decides the operands of the product; the sum is always flo
 (`cast`) therefore chooses the precision of a whole step, and the decoder has no flag for it.
 """
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 
 
+@flax.struct.dataclass
+class Transposed:
+    """A kernel stored `[O, I]`: on a CPU, products with few rows run up to 1.6 times faster so."""
+
+    kernel_OI: jax.Array
+
+
 def dot(x, kernel):
     """Multiply activations `x_...I` with a kernel `[I, O]`: operands in the kernel's dtype, float32 result."""
+    if isinstance(kernel, Transposed):
+        return dot_transposed(x, kernel.kernel_OI)
     return _product(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
 
 

@@ -22,6 +22,7 @@ def forward(config: ModelConfig, params, tokens_BT, mask_BT=None):
 
     Positions follow the mask. Logits at pads are finite and mean nothing.
     """
+    tokens_BT = jnp.asarray(tokens_BT)
     hidden_BTD = hidden_states(config, params, tokens_BT, positions_from_mask(tokens_BT, mask_BT))
     return unembed(config, params, hidden_BTD)
 

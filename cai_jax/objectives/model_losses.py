@@ -75,13 +75,12 @@ def ppo_objective(
     """
 
     def objective(params, batch):
-        logprobs_BN, entropy_BN = completion_logprobs(
-            config, params["policy"], batch["tokens"], batch["positions"], batch["mask"], temperature, compute_dtype, remat
-        )
-        values_BN = completion_values(
-            value_config, params["value"], batch["tokens"], batch["positions"], batch["mask"], compute_dtype, remat
-        )
         mask = batch["mask"]
+        arrays = batch["tokens"], batch["positions"], mask
+        logprobs_BN, entropy_BN = completion_logprobs(
+            config, params["policy"], *arrays, temperature, compute_dtype, remat
+        )
+        values_BN = completion_values(value_config, params["value"], *arrays, compute_dtype, remat)
         policy_BN, policy_metrics = ppo.policy_terms(
             logprobs_BN, batch["old_logprobs"], batch["advantages"], mask, clip
         )

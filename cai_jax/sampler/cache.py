@@ -54,7 +54,7 @@ def cache_bytes(config: ModelConfig, rows: int, length: int, dtype) -> int:
 
 @partial(jax.jit, static_argnames=("config", "dtype"))
 def prepare(config: ModelConfig, params, dtype):
-    """Weights for the sampler: cast, a dict a layer instead of stacked layers, projections fused."""
+    """Weights for the sampler: cast, a dict a layer instead of stacked layers, projections fused and transposed."""
     params = kernels.cast(params, dtype)
     stacked = dict(params["layers"])
     for fused, parts in (("qkv", ("q", "k", "v")), ("gate_up", ("gate", "up"))):
@@ -62,7 +62,9 @@ def prepare(config: ModelConfig, params, dtype):
             if parts[0] + suffix in stacked:
                 pieces = [stacked.pop(part + suffix) for part in parts]
                 stacked[fused + suffix] = jnp.concatenate(pieces, axis=-1)
-    layers = tuple({name: leaf[i] for name, leaf in stacked.items()} for i in range(config.n_layers))
+    for name in ("qkv", "o", "gate_up", "down"):
+        stacked[name] = kernels.Transposed(jnp.swapaxes(stacked[name], 1, 2))
+    layers = tuple(jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(config.n_layers))
     return {**params, "layers": layers}
 
 

@@ -5,13 +5,13 @@ of a response is decided by rule on its text; a degenerate or empty response is 
 """
 
 import numpy as np
-from cai_jax.text_metrics import classify_response, repetition
 
 from cai_jax import statistics
 from cai_jax.chat import encode_chat
 from cai_jax.prompts import COMPLIANCE_OPENINGS, REFUSAL_OPENINGS
 from cai_jax.stages.rows import make_rows, messages_of, sample_dict, unfinished, usable_prompts
 from cai_jax.stages.scoring import score_texts
+from cai_jax.text_metrics import classify_response, repetition
 
 STAGE = "evaluate"
 SETS = {"red_team": "eval_red_team", "helpful": "eval_helpful", "look_alike": "eval_look_alike"}
@@ -71,9 +71,7 @@ def _answer(context, base_sampler, reward, name, model, sampler, shard) -> list[
     seeds = [context.row_seed(STAGE, prompt.id, "response") for _, prompt in shard]  # the same for every model
     samples = sampler.generate(conversations, context.config.evaluate.response, row_seeds=seeds)
     margins = refusal_margins(sampler, conversations)
-    kls = [0.0] * len(shard)
-    if name != "base":
-        kls = _kl_to_base(sampler, base_sampler, conversations, samples)
+    kls = [0.0] * len(shard) if name == "base" else _kl_to_base(sampler, base_sampler, conversations, samples)
     scores = [None] * len(shard)
     if reward is not None:
         texts = [

@@ -4,6 +4,7 @@ import numpy as np
 
 from cai_jax import statistics
 from cai_jax.chat import completion_ids, encode_chat, encode_text, turn_end_id
+from cai_jax.errors import UserError
 from cai_jax.objectives.model_losses import reward_objective
 from cai_jax.provenance import MetricsFile, content_hash
 from cai_jax.stages.scoring import score_texts
@@ -22,6 +23,11 @@ def run(context, folder) -> dict:
     rows = context.folder("preferences").read_shards()
     pairs, counters, skipped = _pairs(model.tokenizer, rows, settings.max_length)
     train, held_out = split_by_prompt(pairs, settings.held_out)
+    if not train:
+        raise UserError(
+            f"reward_model: {len(pairs)} of {len(rows)} pairs can be used, too few to train on and hold out some; "
+            "add prompts, or raise reward_model.max_length"
+        )
     params, metrics = _train(context, folder, model, train)
     context.export(folder, model, params, "reward")
     context.progress.log("reward_model: scoring the held-out pairs")
@@ -77,7 +83,7 @@ def split_by_prompt(pairs, share: float):
 def _train(context, folder, model, pairs):
     settings, shape = context.config.reward_model, context.config.model
     longest = max(len(text) for pair in pairs for text in pair["tokens"])
-    length = min(settings.max_length, -(-longest // 64) * 64)
+    length = min(settings.max_length, -(-longest // 32) * 32)
     tokens, positions = right_padded([text for pair in pairs for text in pair["tokens"]], length)
     arrays = {
         "tokens": tokens.reshape(-1, 2, length),

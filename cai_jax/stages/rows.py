@@ -3,10 +3,13 @@
 from collections import Counter
 from collections.abc import Callable, Sequence
 
+from cai_jax.errors import UserError
 from cai_jax.sampler import Sample
 
 
-def make_rows(folder, prefix: str, items: Sequence, per_shard: int, work: Callable[[Sequence], list[dict]]) -> list[dict]:
+def make_rows(
+    folder, prefix: str, items: Sequence, per_shard: int, work: Callable[[Sequence], list[dict]]
+) -> list[dict]:
     """The rows of all items: `work(items of a shard) -> rows` for every shard that is not on disk yet.
 
     A finished shard is never made again, so a killed stage goes on with the next one.
@@ -47,7 +50,10 @@ def mean(values: Sequence[float]) -> float | None:
 
 
 def usable_prompts(sampler, prompt_rows, new_tokens: int, max_prompt_tokens: int | None = None):
-    """The prompts that leave room for a completion, and `{"id", "reason"}` of all others."""
+    """The prompts that leave room for a completion, and `{"id", "reason"}` of all others.
+
+    Raises UserError where no prompt is left.
+    """
     room = new_tokens if max_prompt_tokens is None else sampler.max_length - max_prompt_tokens
     limit = sampler.max_length - room
     usable, skipped = [], list(prompt_rows.skipped)
@@ -56,4 +62,9 @@ def usable_prompts(sampler, prompt_rows, new_tokens: int, max_prompt_tokens: int
             usable.append(prompt)
         else:
             skipped.append({"id": prompt.id, "reason": f"prompt longer than {limit} tokens"})
+    if not usable:
+        raise UserError(
+            f"prompts: not one of {len(skipped)} fits {limit} tokens (the first: {skipped[0]['id']}); "
+            "raise sampler.max_length or ppo.max_prompt_tokens, or shorten the prompts"
+        )
     return usable, skipped

@@ -27,7 +27,8 @@ def score_texts(context, config, params, rows_of_tokens) -> np.ndarray:
             batch = indices[start : start + rows]
             texts = [rows_of_tokens[i] for i in batch] + [[0]] * (rows - len(batch))
             placed = context.put_rows(right_padded(texts, length))
-            scores[batch] = np.asarray(_rewards(config, params, *placed, context.config.model.compute_dtype))[: len(batch)]
+            rewards_B = _rewards(config, params, *placed, context.config.model.compute_dtype)
+            scores[batch] = np.asarray(rewards_B)[: len(batch)]
     return scores
 
 

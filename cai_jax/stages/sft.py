@@ -1,6 +1,7 @@
 """SL-CAI training (Bai et al. 2022, section 3): the revisions of every round, and the model's own helpful answers."""
 
 from cai_jax.chat import completion_ids, encode_chat, encode_text, turn_end_id
+from cai_jax.errors import UserError
 from cai_jax.objectives.model_losses import sft_objective
 from cai_jax.provenance import MetricsFile
 from cai_jax.stages.rows import make_rows, messages_of, sample_dict, unfinished, usable_prompts
@@ -28,6 +29,8 @@ def run(context, folder) -> dict:
         for name, rows in (("revisions", revisions), ("helpful", helpful))
     }
     examples = kept["revisions"] + kept["helpful"]
+    if not examples:
+        raise UserError(f"sft: none of {len(revisions) + len(helpful)} texts fits; raise sft.sequence_length")
     packed = pack(examples, context.config.sft.sequence_length)
     params, metrics = _train(context, folder, packed)
     context.export(folder, context.base, params, "policy")

@@ -10,7 +10,9 @@ from cai_jax.models.transformer import forward
 from cai_jax.sampler import decode
 from cai_jax.sampler.cache import prepare
 
-FAMILIES = ("llama_tied", "llama_untied_rope3", "mistral_swa", "qwen2", "qwen3", "gemma2", "gemma3_text", "gemma3_linear")
+FAMILIES = (
+    "llama_tied", "llama_untied_rope3", "mistral_swa", "qwen2", "qwen3", "gemma2", "gemma3_text", "gemma3_linear",
+)  # fmt: skip
 
 
 def settings(rows, *, seeds=None, stop=(), **columns):

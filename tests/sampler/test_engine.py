@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from cai_jax import Sampler, Sampling, load_model
-from cai_jax.chat import encode_chat, encode_text
+from cai_jax.chat import encode_text
 from cai_jax.sampler import decode
 
 QUESTIONS = [
@@ -40,7 +40,8 @@ def test_order_and_company_change_no_text(sampler, samples):
 
 
 def test_settings_of_one_row_do_not_touch_another(sampler, samples):
-    mixed = [Sampling(max_new_tokens=12), Sampling(temperature=0.0, max_new_tokens=9), Sampling(top_k=2, max_new_tokens=11)]
+    greedy, narrow = Sampling(temperature=0.0, max_new_tokens=9), Sampling(top_k=2, max_new_tokens=11)
+    mixed = [Sampling(max_new_tokens=12), greedy, narrow]
     out = sampler.generate([CONVERSATIONS[0]] * 3, mixed, row_seeds=[SEEDS[0]] * 3)
     assert out[0] == samples[0]
     assert [len(sample.tokens) <= sampling.max_new_tokens for sample, sampling in zip(out, mixed, strict=True)]
@@ -48,9 +49,11 @@ def test_settings_of_one_row_do_not_touch_another(sampler, samples):
 
 
 def test_seeds_make_the_text_and_equal_seeds_make_equal_text(sampler):
-    seeded = [sampler.generate(CONVERSATIONS[:2], Sampling(max_new_tokens=12), seed=seed) for seed in (0, 0, 1)]
+    few = Sampling(max_new_tokens=12)
+    seeded = [sampler.generate(CONVERSATIONS[:2], few, seed=seed) for seed in (0, 0, 1)]
     assert seeded[0] == seeded[1] != seeded[2]
-    assert seeded[0][0].tokens != sampler.generate([CONVERSATIONS[0]] * 2, Sampling(max_new_tokens=12), seed=0)[1].tokens
+    twice = sampler.generate([CONVERSATIONS[0]] * 2, few, seed=0)
+    assert twice[0].tokens != twice[1].tokens
 
 
 def test_a_row_without_a_stop_token_is_truncated_and_one_with_it_keeps_it(sampler):
@@ -96,11 +99,8 @@ def test_scoring_a_sample_gives_back_its_log_probs(sampler, samples):
 
 def test_a_score_continues_an_open_assistant_turn(sampler):
     opened = [*CONVERSATIONS[0], {"role": "assistant", "content": "The answer is ("}]
-    closed = encode_chat(sampler.model.tokenizer, CONVERSATIONS[0]) + encode_text(sampler.model.tokenizer, "The answer is (A")
     ((got,),) = sampler.score([opened], ["A"])
-    tail = encode_text(sampler.model.tokenizer, "The answer is (A")
-    ((whole,),) = sampler.score_tokens([CONVERSATIONS[0]], [tail])
-    assert closed[-1] == tail[-1]
+    ((whole,),) = sampler.score_tokens([CONVERSATIONS[0]], [encode_text(sampler.model.tokenizer, "The answer is (A")])
     np.testing.assert_allclose(got, whole[-1], atol=1e-4)
 
 

@@ -69,8 +69,9 @@ def test_every_stage_leaves_its_artifacts_and_the_report_shows_them(finished):
 def test_a_run_killed_in_every_stage_ends_with_the_same_bytes(finished, tmp_path):
     run_dir = tmp_path / "killed"
     for stage, middle in MIDDLES.items():
+        command = [*COMMAND, f"--run_dir={run_dir}"]
         process = subprocess.Popen(
-            [*COMMAND, f"--run_dir={run_dir}"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
         )
         deadline = time.monotonic() + 300
         while not list((run_dir / stage).glob(middle)):
@@ -123,14 +124,16 @@ def test_a_stage_without_its_input_is_refused(tmp_path):
 def test_rows_are_read_by_datasets_and_carry_their_provenance(finished):
     import datasets
 
-    for stage, prefix in (("critique_revision", "rows"), ("sft", "samples"), ("preferences", "rows"), ("evaluate", "rows")):
+    stages = {"critique_revision": "rows", "sft": "samples", "preferences": "rows", "evaluate": "rows"}
+    for stage, prefix in stages.items():
         files = sorted(str(path) for path in (finished / stage).glob(f"{prefix}-*.jsonl"))
         rows = datasets.load_dataset("json", data_files=files, split="train", cache_dir=str(finished / "cache"))
         assert len(rows) > 0
         assert {"constitution", "constitution_hash", "model_hash", "seed", "stage"} <= set(rows[0]["provenance"])
     shutil.rmtree(finished / "cache")
     config = json.loads((finished / "config.json").read_text())
-    for row in map(json.loads, (finished / "critique_revision" / "rows-00000-of-00002.jsonl").read_text().splitlines()):
+    shard = finished / "critique_revision" / "rows-00000-of-00002.jsonl"
+    for row in map(json.loads, shard.read_text().splitlines()):
         assert row["provenance"]["constitution_hash"] == config["constitution"]["hash"]
         assert [entry["round"] for entry in row["rounds"]] == [1, 2]
         assert all(entry["principle_hash"] for entry in row["rounds"])

@@ -1,0 +1,98 @@
+"""One table of shardings: total, checked, and with the same numbers on one device and on eight."""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cai_jax.config import Mesh
+from cai_jax.errors import UserError
+from cai_jax.mesh import make_mesh, shardings
+from cai_jax.models.families import param_shapes, tiny_config
+
+EIGHT_DEVICES = """
+import json, sys
+import jax, numpy as np
+from cai_jax import Sampler, Sampling, load_model
+from cai_jax import config as configs
+from cai_jax.mesh import make_mesh, put_rows, shardings
+from cai_jax.objectives.model_losses import sft_objective
+from cai_jax.training.step import init_state, make_optimizer, make_schedule, make_train_step
+
+data, fsdp, tensor = json.loads(sys.argv[1])
+devices = jax.devices()[: data * fsdp * tensor]
+mesh = make_mesh(configs.Mesh(data, fsdp, tensor), devices)
+model = load_model("random:llama", shardings=lambda shapes: shardings(mesh, shapes))
+samples = Sampler(model, max_length=256, rows=8, mesh=mesh).generate(
+    [[{"role": "user", "content": f"Count to {i}."}] for i in range(8)], Sampling(temperature=0.0, max_new_tokens=12))
+schedule = make_schedule(configs.Optimizer(learning_rate=1e-2, schedule="constant", warmup_fraction=0.0), 2)
+optimizer = make_optimizer(configs.Optimizer(), schedule)
+state = init_state(model.params, optimizer, mesh)
+step = make_train_step(sft_objective(model.config), optimizer, schedule, mesh, state)
+rng = np.random.default_rng(0)
+tokens = rng.integers(3, 250, (8, 32)).astype(np.int32)
+batch = {"tokens": tokens, "positions": np.tile(np.arange(32, dtype=np.int32), (8, 1)),
+         "segments": np.ones_like(tokens), "targets": np.ones_like(tokens)}
+losses = []
+for _ in range(3):
+    state, metrics = step(state, put_rows(mesh, batch))
+    losses.append([float(metrics["loss"]), float(metrics["grad_norm"])])
+split = sum(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state.opt_state))
+print(json.dumps({"tokens": [s.tokens for s in samples], "losses": losses, "split_moments": split}))
+"""
+
+
+def on_devices(*shape) -> dict:
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    result = subprocess.run(
+        [sys.executable, "-c", EIGHT_DEVICES, json.dumps(shape)], capture_output=True, text=True,
+        env={**os.environ, "XLA_FLAGS": flags},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def test_training_and_sampling_give_the_same_numbers_on_eight_devices():
+    alone = on_devices(1, 1, 1)
+    for shape in ((8, 1, 1), (2, 2, 2), (1, 4, 2)):
+        split = on_devices(*shape)
+        assert split["tokens"] == alone["tokens"]
+        np.testing.assert_allclose(split["losses"], alone["losses"], rtol=1e-5)
+        assert (split["split_moments"] > 0) == (shape[1] * shape[2] > 1)
+
+
+def fake_mesh(**sizes):
+    axes = {"data": 1, "fsdp": 1, "tensor": 1, **sizes}
+    return jax.sharding.AbstractMesh(tuple(axes.values()), tuple(axes))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "mistral"])
+@pytest.mark.parametrize("kind", ["policy", "reward"])
+def test_the_table_names_every_leaf_and_splits_every_large_one(family, kind):
+    shapes = param_shapes(tiny_config(family), kind)
+    placed = shardings(fake_mesh(fsdp=2, tensor=2), shapes)
+    for (path, leaf), sharding in zip(
+        jax.tree_util.tree_leaves_with_path(shapes), jax.tree.leaves(placed), strict=True
+    ):
+        assert sharding.is_fully_replicated == (leaf.size < 2000), (path, leaf.shape)
+
+
+def test_an_unknown_leaf_is_refused_by_name():
+    with pytest.raises(UserError, match="'layers/router'"):
+        shardings(fake_mesh(), {"layers": {"router": jnp.zeros((2, 4, 4))}})
+
+
+def test_an_indivisible_mesh_is_refused_with_the_sizes_that_fit():
+    with pytest.raises(UserError, match=r"leaf 'layers/q'.*mesh.tensor to one of \[1"):
+        shardings(fake_mesh(tensor=3), {"layers": {"q": jnp.zeros((2, 64, 64))}})
+
+
+def test_a_mesh_that_does_not_fit_the_devices_is_refused():
+    with pytest.raises(UserError, match="does not fit"):
+        make_mesh(Mesh(data=3, fsdp=5, tensor=1))
+    assert make_mesh(Mesh()).devices.size == jax.device_count()
