@@ -132,7 +132,7 @@ class RewardModel:
     epochs: int = 1
     batch_size: int = 16  # pairs a step
     microbatches: int = 1
-    max_length: int = 512
+    max_length: int = 512  # of a pair: the prompt and both responses, tokens
     held_out: float = 0.2  # share of prompts kept for the evaluation of the model
     center: float = 0.0  # weight of (r_chosen + r_rejected)^2
     optimizer: Optimizer = Optimizer(learning_rate=1e-5)

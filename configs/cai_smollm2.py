@@ -6,39 +6,39 @@ from cai_jax import config as c
 def config() -> c.Config:
     # Full-temperature text of a 135M model falls apart; nucleus sampling keeps critiques and revisions readable.
     answer = c.Sampling(temperature=0.7, top_p=0.9, max_new_tokens=40)
-    plain = c.Sampling(temperature=1.0, max_new_tokens=40)
+    rollout = c.Sampling(temperature=1.0, max_new_tokens=32)
     return c.Config(
-        description="the demo: all stages on SmolLM2-135M-Instruct, about 20 minutes on two CPU cores",
+        description="the demo: all stages on SmolLM2-135M-Instruct, under 20 minutes on two CPU cores",
         model=c.Model(str(c.cache_folder() / "SmolLM2-135M-Instruct")),
         prompts=c.Prompts(
             red_team=c.PromptSet("shipped:red_team", split="train", limit=48),
             helpful=c.PromptSet("shipped:helpful", split="train", limit=48),
-            eval_red_team=c.PromptSet("shipped:red_team", split="eval", limit=24),
-            eval_helpful=c.PromptSet("shipped:helpful", split="eval", limit=24),
-            eval_look_alike=c.PromptSet("shipped:look_alike", split="eval", limit=24),
+            eval_red_team=c.PromptSet("shipped:red_team", split="eval", limit=16),
+            eval_helpful=c.PromptSet("shipped:helpful", split="eval", limit=16),
+            eval_look_alike=c.PromptSet("shipped:look_alike", split="eval", limit=16),
         ),
-        sampler=c.Sampler(rows=24, max_length=1536, smallest_bucket=96),
+        sampler=c.Sampler(rows=24, max_length=1536, smallest_bucket=64),
         critique_revision=c.CritiqueRevision(
-            rounds=2,
+            rounds=1,
             response=answer,
             critique=c.Sampling(temperature=0.7, top_p=0.9, max_new_tokens=32),
             revision=answer,
             rows_per_shard=24,
         ),
         sft=c.Sft(
-            batch_size=2,
-            sequence_length=512,
+            batch_size=4,
+            sequence_length=256,
             helpful=answer,
             rows_per_shard=24,
             optimizer=c.Optimizer(learning_rate=3e-5),
-            checkpoint_every=6,
+            checkpoint_every=4,
         ),
-        preferences=c.Preferences(response=plain, rows_per_shard=24),
+        preferences=c.Preferences(response=rollout, rows_per_shard=24),
         reward_model=c.RewardModel(
             batch_size=8, max_length=256, optimizer=c.Optimizer(learning_rate=2e-5), checkpoint_every=4
         ),
         ppo=c.Ppo(
-            updates=4, rollouts=24, epochs=1, minibatches=2, max_prompt_tokens=96, response=plain, checkpoint_every=2
+            updates=3, rollouts=16, epochs=1, minibatches=2, max_prompt_tokens=64, response=rollout, checkpoint_every=2
         ),
-        evaluate=c.Evaluate(response=c.Sampling(temperature=0.0, max_new_tokens=40), rows_per_shard=24),
+        evaluate=c.Evaluate(response=c.Sampling(temperature=0.0, max_new_tokens=32), rows_per_shard=24),
     )

@@ -7,7 +7,7 @@ Batches are dicts of arrays with rows first; what is in them stands with each bu
 import jax.numpy as jnp
 
 from cai_jax.models.families import ModelConfig
-from cai_jax.models.heads import last_real, values
+from cai_jax.models.heads import values
 from cai_jax.models.kernels import cast
 from cai_jax.models.transformer import hidden_states, unembed
 
@@ -37,15 +37,16 @@ def sft_objective(config: ModelConfig, compute_dtype="float32", remat="none"):
 def reward_objective(config: ModelConfig, compute_dtype="float32", remat="none", center=0.0):
     """Bradley-Terry with soft targets on pairs.
 
-    Batch: `tokens` and `positions` `[B, 2, T]` (the two responses of a pair, right-padded), `probability` `[B]` that
-    the first is better, `real` `[B]` (0 for an empty row). The weight is the number of pairs.
+    Batch: pairs as rows of `batches.pair_rows`, each a prompt and its two responses: `tokens`, `positions`,
+    `segments` `[B, T]`, `last` `[B, 2]`; `probability` `[B]` that the first is better, `real` `[B]` (0 for an empty
+    row). The weight is the number of pairs.
     """
 
     def objective(params, batch):
-        pairs, _, length = batch["tokens"].shape
-        tokens, positions = (batch[name].reshape(2 * pairs, length) for name in ("tokens", "positions"))
-        values_BT = values(config, cast(params, compute_dtype), tokens, positions, remat)
-        first_B, second_B = last_real(values_BT, positions).reshape(pairs, 2).T
+        values_BT = values(
+            config, cast(params, compute_dtype), batch["tokens"], batch["positions"], batch["segments"], remat
+        )
+        first_B, second_B = jnp.take_along_axis(values_BT, batch["last"], axis=1).T
         terms_B = pairwise.bradley_terry_terms(first_B, second_B, batch["probability"], center=center)
         agrees_B = (first_B > second_B) == (batch["probability"] > 0.5)
         loss, count = masked_sum(terms_B, batch["real"])
@@ -112,7 +113,7 @@ def completion_logprobs(
 def completion_values(config, params, tokens_BT, positions_BT, mask_BN, compute_dtype="float32", remat="none"):
     """Value `[B, N]` of the state before each of the last N tokens."""
     start = tokens_BT.shape[1] - mask_BN.shape[1]
-    return values(config, cast(params, compute_dtype), tokens_BT, positions_BT, remat)[:, start - 1 : -1]
+    return values(config, cast(params, compute_dtype), tokens_BT, positions_BT, remat=remat)[:, start - 1 : -1]
 
 
 def _head(config: ModelConfig, params, compute_dtype):

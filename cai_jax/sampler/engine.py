@@ -4,6 +4,7 @@ A row's text depends on its conversation, its settings, its key and its bucket a
 own length, so batch mates, slot and order change nothing.
 """
 
+import os
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from cai_jax.provenance import row_seed
 from cai_jax.sampler import decode
 from cai_jax.sampler.cache import cache_bytes, prepare
 
-SMALLEST_COMPLETION = 16  # foot of the ladder of completion lengths, tokens
+SMALLEST_COMPLETION = 64  # foot of the ladder of completion lengths, tokens
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,8 @@ class Sampler:
     def __post_init__(self):
         self._weights = prepare(self.model.config, self.model.params, self.dtype)
         self._prefixes = {}
+        nothing = jnp.zeros(0, jnp.int32)
+        self._no_prefix = ([], decode.prefill_prefix(self.model.config, self._weights, nothing, self.dtype))
 
     def generate(
         self,
@@ -83,7 +86,7 @@ class Sampler:
             new_tokens = bucket(samplings[request.index].max_new_tokens, SMALLEST_COMPLETION)
             groups[request.prefixed, bucket(len(request.tokens), self.smallest_bucket), new_tokens].append(request)
         for (prefixed, length, new_tokens), requests in sorted(groups.items()):
-            _, shared = self._prefix(prefix if prefixed else ())
+            _, shared = self._prefix(prefix) if prefixed else self._no_prefix
             for batch in _batches(requests, self.rows):
                 tokens_BT, mask_BT = _left_padded([request.tokens for request in batch], self.rows, length)
                 settings = self._settings([(samplings[r.index], row_seeds[r.index]) for r in batch])
@@ -117,7 +120,7 @@ class Sampler:
             room = bucket(sum(len(option) for option in encoded[request.index]), 2)
             groups[request.prefixed, bucket(len(request.tokens), self.smallest_bucket), room].append(request)
         for (prefixed, length, room), requests in sorted(groups.items()):
-            _, shared = self._prefix(prefix if prefixed else ())
+            _, shared = self._prefix(prefix) if prefixed else self._no_prefix
             for batch in _batches(requests, self.rows):
                 tokens_BT, mask_BT = _left_padded([request.tokens for request in batch], self.rows, length)
                 packed = _pack_options([encoded[request.index] for request in batch], self.rows, room)
@@ -163,10 +166,17 @@ class Sampler:
             yield _Request(index, tokens[len(start) :] if prefixed else tokens, prefixed)
 
     def _prefix(self, messages):
-        """Tokens of a shared conversation start and their cache, run at its first use."""
+        """Tokens of a shared conversation start and their cache, run at its first use.
+
+        Without messages it is what the template writes before the first text of a user: often a system turn.
+        """
         key = tuple((message["role"], message["content"]) for message in messages)
         if key not in self._prefixes:
-            tokens = encode_chat(self.model.tokenizer, list(messages), add_generation_prompt=False) if messages else []
+            if messages:
+                tokens = encode_chat(self.model.tokenizer, list(messages), add_generation_prompt=False)
+            else:
+                probes = [self._encode([{"role": "user", "content": text}]) for text in ("a", "0")]
+                tokens = os.path.commonprefix(probes)
             tokens_S = jnp.asarray(tokens, jnp.int32)
             self.programs.add(("prefix", len(tokens)))
             self._prefixes[key] = (

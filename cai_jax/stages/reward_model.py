@@ -9,7 +9,7 @@ from cai_jax.objectives.model_losses import reward_objective
 from cai_jax.provenance import MetricsFile, content_hash
 from cai_jax.stages.scoring import score_texts
 from cai_jax.training import loop
-from cai_jax.training.batches import batch_rows, right_padded, steps_per_epoch, take_rows
+from cai_jax.training.batches import batch_rows, pair_rows, steps_per_epoch, take_rows
 from cai_jax.training.checkpoint import Checkpoints
 from cai_jax.training.step import init_state, make_optimizer, make_schedule, make_train_step
 
@@ -31,7 +31,8 @@ def run(context, folder) -> dict:
     params, metrics = _train(context, folder, model, train)
     context.export(folder, model, params, "reward")
     context.progress.log("reward_model: scoring the held-out pairs")
-    scores = score_texts(context, model.config, params, [text for pair in pairs for text in pair["tokens"]])
+    texts = [prompt + response for prompt, *responses in (pair["tokens"] for pair in pairs) for response in responses]
+    scores = score_texts(context, model.config, params, texts)
     for pair, pair_scores in zip(pairs, np.reshape(scores, (-1, 2)), strict=True):
         pair["scores"] = pair_scores
     return {
@@ -54,22 +55,24 @@ def _pairs(tokenizer, rows, max_length):
     pairs, skipped = [], []
     for row in rows:
         prompt = encode_chat(tokenizer, row["messages"], add_generation_prompt=True)
-        texts = []
+        responses = []
         for side in ("response_a", "response_b"):
             text, truncated = row[side]["text"], row[side]["truncated"]
-            texts.append(prompt + (encode_text(tokenizer, text) if truncated else completion_ids(tokenizer, text, end)))
+            responses.append(encode_text(tokenizer, text) if truncated else completion_ids(tokenizer, text, end))
         reason = None
         if row["probability_a"] is None:
             reason = "unlabelled"
         elif "identical_responses" in row["flags"]:
             reason = "identical_responses"
-        elif max(map(len, texts)) > max_length:
+        elif len(prompt) + sum(map(len, responses)) > max_length:
             reason = "too_long"
         if reason:
             counters[reason] += 1
             skipped.append({"id": row["id"], "reason": reason.replace("_", " ")})
         else:
-            pairs.append({"prompt_id": row["prompt_id"], "tokens": texts, "probability": row["probability_a"]})
+            pairs.append(
+                {"prompt_id": row["prompt_id"], "tokens": (prompt, *responses), "probability": row["probability_a"]}
+            )
     return pairs, counters, skipped
 
 
@@ -82,12 +85,10 @@ def split_by_prompt(pairs, share: float):
 
 def _train(context, folder, model, pairs):
     settings, shape = context.config.reward_model, context.config.model
-    longest = max(len(text) for pair in pairs for text in pair["tokens"])
+    longest = max(sum(map(len, pair["tokens"])) for pair in pairs)
     length = min(settings.max_length, -(-longest // 32) * 32)
-    tokens, positions = right_padded([text for pair in pairs for text in pair["tokens"]], length)
     arrays = {
-        "tokens": tokens.reshape(-1, 2, length),
-        "positions": positions.reshape(-1, 2, length),
+        **pair_rows([pair["tokens"] for pair in pairs], length),
         "probability": np.asarray([pair["probability"] for pair in pairs], np.float32),
         "real": np.ones(len(pairs), np.int32),
     }
@@ -118,12 +119,12 @@ def held_out_metrics(pairs) -> dict:
     """
     predicted = np.asarray([1 / (1 + np.exp(pair["scores"][1] - pair["scores"][0])) for pair in pairs])
     observed = np.asarray([pair["probability"] for pair in pairs])
-    longer = np.asarray([len(pair["tokens"][0]) - len(pair["tokens"][1]) for pair in pairs])
+    longer = np.asarray([len(pair["tokens"][1]) - len(pair["tokens"][2]) for pair in pairs])
     first_better = observed > 0.5
     right = (predicted > 0.5) == first_better
     unequal = longer != 0
     error, bins = statistics.calibration(predicted, observed)
-    lengths = [len(text) for pair in pairs for text in pair["tokens"]]
+    lengths = [len(response) for pair in pairs for response in pair["tokens"][1:]]
     scores = [score for pair in pairs for score in pair["scores"]]
     return {
         "n": len(pairs),

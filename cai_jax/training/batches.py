@@ -65,6 +65,30 @@ def right_padded(rows_of_tokens: Sequence[Sequence[int]], length: int) -> tuple[
     return tokens_BT, positions_BT
 
 
+def pair_rows(pairs: Sequence[tuple], length: int) -> dict[str, np.ndarray]:
+    """Pairs of texts with a common start, a row each: the start once, as segment 0, then both ends side by side.
+
+    `pairs` are (start, end_a, end_b) as token ids. Returns `tokens`, `positions` (both ends go on from the start's
+    last position, -1 in pads), `segments` (0 start, 1 and 2 the ends) `[rows, length]`, and `last` `[rows, 2]`, the
+    places of the last token of each end.
+    """
+    rows = {name: np.zeros((len(pairs), length), np.int32) for name in ("tokens", "positions", "segments")}
+    rows["positions"] -= 1
+    rows["last"] = np.zeros((len(pairs), 2), np.int32)
+    for row, (start, *ends) in enumerate(pairs):
+        place = len(start)
+        rows["tokens"][row, :place] = start
+        rows["positions"][row, :place] = np.arange(place)
+        for segment, end in enumerate(ends, 1):
+            inside = slice(place, place + len(end))
+            rows["tokens"][row, inside] = end
+            rows["positions"][row, inside] = len(start) + np.arange(len(end))
+            rows["segments"][row, inside] = segment
+            place += len(end)
+            rows["last"][row, segment - 1] = place - 1
+    return rows
+
+
 def steps_per_epoch(count: int, batch_size: int) -> int:
     """Batches of an epoch; the last one may be short."""
     return -(-count // batch_size)

@@ -99,7 +99,7 @@ def make_train_step(
         grads = jax.tree.map(lambda g: g / safe_weight, grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         metrics = {name: total / safe_weight for name, total in {**sums, "loss": loss}.items()}
-        metrics |= {"weight": weight, "grad_norm": optax.global_norm(grads), "learning_rate": schedule(state.step)}
+        metrics |= {"weight": weight, "grad_norm": optax.tree.norm(grads), "learning_rate": schedule(state.step)}
         return TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1), metrics
 
     return step

@@ -9,9 +9,11 @@ import pytest
 from cai_jax import config as configs
 from cai_jax.config import Mesh
 from cai_jax.mesh import make_mesh, put_rows
+from cai_jax.models.heads import reward
 from cai_jax.models.pretrained import load_model
 from cai_jax.objectives.model_losses import reward_objective, sft_objective
-from cai_jax.training.batches import Example, pack, right_padded
+from cai_jax.objectives.pairwise import bradley_terry
+from cai_jax.training.batches import Example, pack, pair_rows, right_padded
 from cai_jax.training.step import init_state, make_optimizer, make_schedule, make_train_step
 
 
@@ -60,7 +62,7 @@ def test_sft_loss_and_gradient_equal_those_of_transformers(oracles, model):
     value, grads = jax.jit(jax.value_and_grad(loss))(model.params)
     np.testing.assert_allclose(value, data["loss"], rtol=1e-5)
     np.testing.assert_allclose(grads["embed"], data["grad_embed"], atol=1e-5)
-    np.testing.assert_allclose(optax.global_norm(grads), data["grad_norm"], rtol=1e-4)
+    np.testing.assert_allclose(optax.tree.norm(grads), data["grad_norm"], rtol=1e-4)
 
 
 def test_packed_rows_train_as_rows_of_their_own(model):
@@ -111,26 +113,43 @@ def test_the_end_of_turn_token_gets_a_gradient(model):
 
 
 def reward_batch(pairs, length):
-    tokens, positions = right_padded([text for pair in pairs for text in pair], length)
     return {
-        "tokens": tokens.reshape(-1, 2, length),
-        "positions": positions.reshape(-1, 2, length),
+        **pair_rows(pairs, length),
         "probability": np.linspace(0.1, 0.9, len(pairs)).astype(np.float32),
         "real": np.ones(len(pairs), np.int32),
     }
 
 
-def test_reward_loss_does_not_see_padding_or_empty_rows(oracles):
-    model = load_model(oracles / "llama_tied_reward")
+@pytest.fixture(scope="module")
+def reward_model(oracles):
+    return load_model(oracles / "llama_tied_reward")
+
+
+@pytest.fixture(scope="module")
+def pairs():
     rng = np.random.default_rng(1)
-    pairs = [[rng.integers(3, 128, rng.integers(3, 12)).tolist() for _ in "ab"] for _ in range(4)]
-    objective = reward_objective(model.config)
-    _, short = one_step(model, objective, reward_batch(pairs, 12))
-    _, long = one_step(model, objective, reward_batch(pairs, 40))
-    padded = reward_batch(pairs, 12)
+    return [[rng.integers(3, 128, rng.integers(3, 8)).tolist() for _ in "pab"] for _ in range(4)]
+
+
+def test_a_pair_in_one_row_is_scored_like_its_two_texts(reward_model, pairs):
+    """The prompt stands once, and neither response sees the other."""
+    texts = [prompt + response for prompt, *responses in pairs for response in responses]
+    tokens, positions = right_padded(texts, 16)
+    scores = np.asarray(reward(reward_model.config, reward_model.params, tokens, positions >= 0)).reshape(-1, 2)
+    batch = reward_batch(pairs, 24)
+    expected = float(bradley_terry(scores[:, 0], scores[:, 1], batch["probability"]))
+    loss, count, _ = reward_objective(reward_model.config)(reward_model.params, batch)
+    np.testing.assert_allclose(loss / count, expected, rtol=1e-5)
+
+
+def test_reward_loss_does_not_see_padding_or_empty_rows(reward_model, pairs):
+    objective = reward_objective(reward_model.config)
+    _, short = one_step(reward_model, objective, reward_batch(pairs, 24))
+    _, long = one_step(reward_model, objective, reward_batch(pairs, 40))
+    padded = reward_batch(pairs, 24)
     empty = {name: np.concatenate([x, np.zeros_like(x[:2])]) for name, x in padded.items()}
     empty["positions"][-2:] = -1
-    _, filled = one_step(model, objective, empty)
+    _, filled = one_step(reward_model, objective, empty)
     for name in ("loss", "grad_norm", "accuracy", "margin"):
         np.testing.assert_allclose(short[name], long[name], rtol=2e-5)
         np.testing.assert_allclose(short[name], filled[name], rtol=2e-5)
