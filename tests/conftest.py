@@ -6,6 +6,8 @@ from pathlib import Path
 CACHE = Path(os.environ.get("CAI_JAX_CACHE") or "~/.cache/cai_jax").expanduser()
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE / "xla"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+# Tiny programs spend their time in the compiler, not in the code that it makes.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 

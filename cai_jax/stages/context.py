@@ -19,7 +19,7 @@ from cai_jax.errors import UserError
 from cai_jax.models.pretrained import Model, load_model, model_hash, save_model
 from cai_jax.progress import Progress, duration
 from cai_jax.prompt_sets import check_disjoint, load_prompts
-from cai_jax.provenance import StageFolder, check_free_space, row_seed, write_json
+from cai_jax.provenance import StageFolder, check_free_space, row_seed
 from cai_jax.sampler import Sampler
 from cai_jax.stages.memory import peak_memory, reset_peak_memory
 
@@ -146,7 +146,7 @@ class Context:
         started, clock = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
         reset_peak_memory()
         summary = importlib.import_module(f"cai_jax.stages.{stage}").run(self, folder)
-        write_json(folder.path / "summary.json", summary)
+        folder.write_summary(summary)
         seconds = time.monotonic() - clock
         timing = {
             "seconds": seconds,

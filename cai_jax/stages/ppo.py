@@ -22,7 +22,7 @@ from cai_jax.provenance import MetricsFile, read_json, write_json
 from cai_jax.stages.rows import messages_of, usable_prompts
 from cai_jax.training import loop
 from cai_jax.training.checkpoint import Checkpoints
-from cai_jax.training.step import init_state, make_optimizer, make_schedule, make_train_step
+from cai_jax.training.step import start_training
 
 STAGE = "ppo"
 
@@ -68,16 +68,14 @@ def run(context, folder) -> dict:
 
 def _train(context, folder, frozen: Frozen, bias: float):
     settings, shape = context.config.ppo, context.config.model
-    schedule = make_schedule(settings.optimizer, settings.updates * settings.epochs * settings.minibatches)
-    optimizer = make_optimizer(settings.optimizer, schedule)
     params = {"policy": frozen.reference.params, "value": frozen.reward.params}
-    state = init_state(params, optimizer, context.mesh)
+    total = settings.updates * settings.epochs * settings.minibatches
     objective = ppo_objective(
         frozen.reference.config, frozen.reward.config, shape.compute_dtype, shape.remat,
         temperature=settings.response.temperature, clip=settings.clip, value_clip=settings.value_clip,
         value_coef=settings.value_coef,
     )  # fmt: skip
-    step = make_train_step(objective, optimizer, schedule, context.mesh, state, settings.microbatches)
+    state, step = start_training(objective, params, settings.optimizer, total, context.mesh, settings.microbatches)
 
     def advance(state, update):
         policy = Model(

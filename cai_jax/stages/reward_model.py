@@ -11,7 +11,7 @@ from cai_jax.stages.scoring import score_texts
 from cai_jax.training import loop
 from cai_jax.training.batches import batch_rows, pair_rows, steps_per_epoch, take_rows
 from cai_jax.training.checkpoint import Checkpoints
-from cai_jax.training.step import init_state, make_optimizer, make_schedule, make_train_step
+from cai_jax.training.step import start_training
 
 STAGE = "reward_model"
 
@@ -93,11 +93,10 @@ def _train(context, folder, model, pairs):
         "real": np.ones(len(pairs), np.int32),
     }
     total = settings.epochs * steps_per_epoch(len(pairs), settings.batch_size)
-    schedule = make_schedule(settings.optimizer, total)
-    optimizer = make_optimizer(settings.optimizer, schedule)
-    state = init_state(model.params, optimizer, context.mesh)
     objective = reward_objective(model.config, shape.compute_dtype, shape.remat, settings.center)
-    step = make_train_step(objective, optimizer, schedule, context.mesh, state, settings.microbatches)
+    state, step = start_training(
+        objective, model.params, settings.optimizer, total, context.mesh, settings.microbatches
+    )
 
     def advance(state, index):
         batch = take_rows(arrays, batch_rows(len(pairs), settings.batch_size, context.config.seed, index))

@@ -8,7 +8,7 @@ from cai_jax.stages.rows import make_rows, messages_of, sample_dict, unfinished,
 from cai_jax.training import loop
 from cai_jax.training.batches import Example, batch_rows, pack, steps_per_epoch, take_rows
 from cai_jax.training.checkpoint import Checkpoints
-from cai_jax.training.step import init_state, make_optimizer, make_schedule, make_train_step
+from cai_jax.training.step import start_training
 
 STAGE = "sft"
 
@@ -97,11 +97,10 @@ def _train(context, folder, packed):
     settings, model = context.config.sft, context.config.model
     per_epoch = steps_per_epoch(len(packed["tokens"]), settings.batch_size)
     total = settings.epochs * per_epoch
-    schedule = make_schedule(settings.optimizer, total)
-    optimizer = make_optimizer(settings.optimizer, schedule)
-    state = init_state(context.base.params, optimizer, context.mesh)
     objective = sft_objective(context.base.config, model.compute_dtype, model.remat)
-    step = make_train_step(objective, optimizer, schedule, context.mesh, state, settings.microbatches)
+    state, step = start_training(
+        objective, context.base.params, settings.optimizer, total, context.mesh, settings.microbatches
+    )
 
     def advance(state, index):
         rows = batch_rows(len(packed["tokens"]), settings.batch_size, context.config.seed, index)

@@ -66,6 +66,14 @@ def init_state(params, optimizer: optax.GradientTransformation, mesh) -> TrainSt
     return jax.jit(start, out_shardings=shardings(mesh, jax.eval_shape(start, params)))(params)
 
 
+def start_training(objective: Callable, params, config: configs.Optimizer, total_steps: int, mesh, microbatches: int):
+    """A fresh train state for `params` and the step that trains it on an objective for `total_steps` steps."""
+    schedule = make_schedule(config, total_steps)
+    optimizer = make_optimizer(config, schedule)
+    state = init_state(params, optimizer, mesh)
+    return state, make_train_step(objective, optimizer, schedule, mesh, state, microbatches)
+
+
 def make_train_step(
     objective: Callable,
     optimizer: optax.GradientTransformation,

@@ -1,0 +1,88 @@
+"""The PPO objective on a small model: recorded log-probs, the temperature of the rollouts, padding."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cai_jax import Sampler, Sampling, load_model
+from cai_jax.chat import encode_chat
+from cai_jax.objectives.model_losses import completion_logprobs, completion_values, ppo_objective
+
+
+@pytest.fixture(autouse=True)
+def standard_promotion():
+    with jax.numpy_rank_promotion("allow"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return load_model("random:llama")
+
+
+def arrays(prompts, completions, prompt_length, room):
+    tokens = np.zeros((len(prompts), prompt_length + room), np.int32)
+    positions = np.full_like(tokens, -1)
+    mask = np.zeros((len(prompts), room), np.int32)
+    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        start, end = prompt_length - len(prompt), prompt_length + len(completion)
+        tokens[row, start:end] = [*prompt, *completion]
+        positions[row, start:end] = np.arange(end - start)
+        mask[row, : len(completion)] = 1
+    return jnp.asarray(tokens), jnp.asarray(positions), jnp.asarray(mask)
+
+
+def test_scoring_at_the_temperature_of_the_rollouts_gives_their_log_probs(policy):
+    """Sampling at T != 1 and scoring at T = 1 is a known fault: the first ratio is then not 1."""
+    chats = [[{"role": "user", "content": text}] for text in ("Hi", "Tell me of the sea.")]
+    samples = Sampler(policy, max_length=256, rows=2).generate(chats, Sampling(temperature=0.6, max_new_tokens=10))
+    prompts = [encode_chat(policy.tokenizer, chat) for chat in chats]
+    rollout = arrays(prompts, [sample.tokens for sample in samples], max(map(len, prompts)), 10)
+    at_06, _ = completion_logprobs(policy.config, policy.params, *rollout, temperature=0.6)
+    at_1, _ = completion_logprobs(policy.config, policy.params, *rollout)
+    for row, sample in enumerate(samples):
+        np.testing.assert_allclose(at_06[row, : len(sample.tokens)], sample.logprobs, atol=1e-4)
+        assert np.abs(np.asarray(at_1[row, : len(sample.tokens)]) - sample.logprobs).max() > 1e-2
+
+
+def ppo_batch(policy, prompt_length, room):
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(3, 200, n).tolist() for n in (5, 8)]
+    completions = [rng.integers(3, 200, n).tolist() for n in (4, 6)]
+    tokens, positions, mask = arrays(prompts, completions, prompt_length, room)
+    old, _ = completion_logprobs(policy.config, policy.params, tokens, positions, mask)
+    noise = jnp.asarray(np.random.default_rng(1).normal(0, 0.3, (2, 6)), jnp.float32)
+    pad = ((0, 0), (0, room - 6))
+    values = jnp.pad(noise, pad)
+    return {
+        "tokens": tokens, "positions": positions, "mask": mask, "old_logprobs": old, "old_values": values,
+        "advantages": jnp.pad(noise[::-1], pad), "returns": values + 0.5,
+    }  # fmt: skip
+
+
+def test_recorded_log_probs_drive_the_ratio_and_padding_does_not(policy):
+    """'Old' log-probs recomputed with the current params would leave the ratio at 1 and the clip idle."""
+    value = load_model("random:llama", kind="reward", seed=3)
+    params = {"policy": policy.params, "value": value.params}
+    objective = ppo_objective(
+        policy.config, value.config, temperature=1.0, clip=0.2, value_clip=0.2, value_coef=0.1
+    )
+    short, long = ppo_batch(policy, 8, 6), ppo_batch(policy, 20, 11)
+    results = [objective(params, batch) for batch in (short, long)]
+    np.testing.assert_allclose(results[0][0], results[1][0], rtol=1e-4)
+    assert results[0][1] == results[1][1] == 10
+    assert abs(float(results[0][2]["approx_kl"])) < 1e-6 and float(results[0][2]["policy_clip_fraction"]) == 0
+    moved = objective(params, {**short, "old_logprobs": short["old_logprobs"] - 0.5})
+    assert float(moved[2]["approx_kl"]) / 10 == pytest.approx(0.125, rel=1e-3)
+    assert float(moved[2]["policy_clip_fraction"]) > 0
+
+
+def test_values_are_read_before_each_token(policy):
+    value = load_model("random:llama", kind="reward", seed=3)
+    tokens, positions, mask = arrays([[5, 6, 7]], [[8, 9]], 3, 2)
+    before = completion_values(value.config, value.params, tokens, positions, mask)
+    changed = completion_values(value.config, value.params, tokens.at[0, 4].set(100), positions, mask)
+    np.testing.assert_array_equal(before, changed)  # the last token is not seen by any value
+    changed = completion_values(value.config, value.params, tokens.at[0, 3].set(100), positions, mask)
+    assert before[0, 0] == changed[0, 0] and before[0, 1] != changed[0, 1]

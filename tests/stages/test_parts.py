@@ -1,0 +1,87 @@
+"""The decisions of the stages, one by one and without a model."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from cai_jax.config import Ppo
+from cai_jax.constitution import load_constitution
+from cai_jax.provenance import row_seed
+from cai_jax.stages.critique_revision import draw_principle
+from cai_jax.stages.ppo import draw_prompts, minibatches
+from cai_jax.stages.preferences import label_from_logprobs
+from cai_jax.stages.reward_model import held_out_metrics, split_by_prompt
+
+
+def test_a_label_averages_both_orders_and_a_fixed_place_cancels():
+    prefers_a = label_from_logprobs([-0.1, -2.5], [-2.5, -0.1])  # the same text wins in both orders
+    assert prefers_a["consistent"] and prefers_a["probability_a"] == pytest.approx(1 / (1 + np.exp(-2.4)))
+    place_only = label_from_logprobs([-0.1, -2.5], [-0.1, -2.5])  # (A) wins whatever stands there
+    assert not place_only["consistent"] and place_only["tie"]
+    assert place_only["probability_a"] == pytest.approx(0.5)
+
+
+def test_swapping_the_responses_turns_the_label_round():
+    label = label_from_logprobs([-1.0, -1.7], [-3.0, -0.4])
+    swapped = label_from_logprobs([-3.0, -0.4], [-1.0, -1.7])
+    assert label["probability_a"] == pytest.approx(1 - swapped["probability_a"])
+
+
+def test_extreme_log_probs_do_not_overflow():
+    label = label_from_logprobs([0.0, -2000.0], [-2000.0, 0.0])
+    assert label["probability_a"] == 1.0 and label["consistent"]
+
+
+def test_principles_are_drawn_evenly_and_by_the_key_of_the_row():
+    context = SimpleNamespace(
+        constitution=load_constitution("harmless_helpful"), row_seed=lambda *parts: row_seed(7, *parts)
+    )
+    drawn = [draw_principle(context, "critique_revision", f"rt-{i}", 1).id for i in range(2400)]
+    counts = np.unique(drawn, return_counts=True)[1]
+    assert len(counts) == len(context.constitution.principles)
+    assert counts.min() > 50 and counts.max() < 160  # 100 expected of 24 principles
+    assert drawn[:50] == [draw_principle(context, "critique_revision", f"rt-{i}", 1).id for i in range(50)]
+    assert drawn[:50] != [draw_principle(context, "critique_revision", f"rt-{i}", 2).id for i in range(50)]
+
+
+def test_every_update_and_pass_has_a_permutation_of_its_own():
+    """The same permutation key every update is a known fault."""
+    settings = Ppo(rollouts=8, epochs=2, minibatches=2)
+    updates = [[rows.tolist() for rows in minibatches(settings, seed=0, update=update)] for update in range(2)]
+    passes = [sum(steps[i : i + 2], []) for steps in updates for i in (0, 2)]
+    assert all(sorted(order) == list(range(8)) for order in passes)
+    assert len({tuple(order) for order in passes}) == 4
+    again = [rows.tolist() for rows in minibatches(settings, seed=0, update=1)]
+    assert again == updates[1]
+
+
+def test_rollouts_use_every_prompt_before_one_comes_again():
+    context = SimpleNamespace(row_seed=lambda *parts: row_seed(0, *parts))
+    prompts = [f"p{i}" for i in range(5)]
+    drawn = [prompt for prompt, _ in draw_prompts(context, prompts, 10, "update-0")]
+    assert sorted(drawn[:5]) == sorted(drawn[5:]) == prompts
+    assert drawn != [prompt for prompt, _ in draw_prompts(context, prompts, 10, "update-1")]
+
+
+def test_all_pairs_of_a_prompt_fall_on_one_side():
+    pairs = [{"prompt_id": f"p{i % 10}", "n": i} for i in range(40)]
+    train, held = split_by_prompt(pairs, 0.3)
+    assert len(held) == 12 and len(train) == 28
+    assert not {pair["prompt_id"] for pair in train} & {pair["prompt_id"] for pair in held}
+    assert split_by_prompt(list(reversed(pairs)), 0.3)[1] == list(reversed(held))
+
+
+def pair(score_a, score_b, probability, length_a=3, length_b=3):
+    return {"scores": (score_a, score_b), "probability": probability, "tokens": ([1], [2] * length_a, [3] * length_b)}
+
+
+def test_held_out_metrics_tell_a_good_model_from_a_rule_about_length():
+    pairs = [pair(2, 0, 0.9, 5, 3), pair(0, 2, 0.1, 3, 5), pair(1, 0, 0.2, 4, 2), pair(3, 1, 0.8, 2, 6)]
+    metrics = held_out_metrics(pairs)
+    assert metrics["n"] == 4
+    assert metrics["accuracy"]["value"] == 0.75
+    assert metrics["longer_wins_accuracy"]["value"] == 0.5
+    assert metrics["shorter_wins_accuracy"]["value"] == 0.5
+    equal = held_out_metrics([pair(1, 0, 0.9)])
+    assert equal["longer_wins_accuracy"]["n"] == 0 and equal["longer_wins_accuracy"]["value"] is None
