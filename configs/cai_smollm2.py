@@ -5,7 +5,7 @@ from cai_jax import config as c
 
 def config() -> c.Config:
     # Full-temperature text of a 135M model falls apart; nucleus sampling keeps critiques and revisions readable.
-    answer = c.Sampling(temperature=0.7, top_p=0.9, max_new_tokens=40)
+    answer = c.Sampling(temperature=0.7, top_p=0.9, max_new_tokens=36)
     rollout = c.Sampling(temperature=1.0, max_new_tokens=32)
     return c.Config(
         description="the demo: all stages on SmolLM2-135M-Instruct, under 20 minutes on two CPU cores",
@@ -23,22 +23,22 @@ def config() -> c.Config:
             response=answer,
             critique=c.Sampling(temperature=0.7, top_p=0.9, max_new_tokens=32),
             revision=answer,
-            rows_per_shard=24,
+            rows_per_shard=48,
         ),
         sft=c.Sft(
             batch_size=4,
             sequence_length=256,
             helpful=answer,
-            rows_per_shard=24,
+            rows_per_shard=48,
             optimizer=c.Optimizer(learning_rate=3e-5),
             checkpoint_every=4,
         ),
-        preferences=c.Preferences(response=rollout, rows_per_shard=24),
+        preferences=c.Preferences(response=rollout, rows_per_shard=48),
         reward_model=c.RewardModel(
-            batch_size=8, max_length=256, optimizer=c.Optimizer(learning_rate=2e-5), checkpoint_every=4
+            batch_size=8, max_length=256, optimizer=c.Optimizer(learning_rate=2e-5), checkpoint_every=5
         ),
         ppo=c.Ppo(
             updates=3, rollouts=16, epochs=1, minibatches=2, max_prompt_tokens=64, response=rollout, checkpoint_every=2
         ),
-        evaluate=c.Evaluate(response=c.Sampling(temperature=0.0, max_new_tokens=32), rows_per_shard=24),
+        evaluate=c.Evaluate(response=c.Sampling(temperature=0.0, max_new_tokens=32), rows_per_shard=48),
     )

@@ -58,7 +58,7 @@ class Context:
     constitution: Constitution
     prompts: dict
     base: Model
-    samplers: list = field(default_factory=list)
+    programs: set = field(default_factory=set)  # static shapes that the samplers of the stage have run
 
     def folder(self, stage: str) -> StageFolder:
         """The artifacts of a stage."""
@@ -84,18 +84,17 @@ class Context:
             )  # fmt: skip
             task.advance(1)
 
-    def sampler(self, model: Model, task=None) -> Sampler:
+    def sampler(self, model: Model) -> Sampler:
         """The sampler of a model, in the shape that the config asks for."""
-        sampler = Sampler(
+        return Sampler(
             model,
             max_length=min(self.config.sampler.max_length, model.config.max_position),
             rows=self.config.sampler.rows,
             dtype=self.config.model.compute_dtype,
             mesh=self.mesh if self.mesh.devices.size > 1 else None,
             smallest_bucket=self.config.sampler.smallest_bucket,
+            programs=self.programs,
         )
-        self.samplers.append(sampler)
-        return sampler
 
     def put_rows(self, batch: dict):
         """A batch of host arrays, its rows split over the mesh."""
@@ -145,6 +144,7 @@ class Context:
         self.progress.log(f"{stage}: {'going on where it stopped' if begun == 'resume' else 'start'}")
         started, clock = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
         reset_peak_memory()
+        self.programs.clear()
         summary = importlib.import_module(f"cai_jax.stages.{stage}").run(self, folder)
         folder.write_summary(summary)
         seconds = time.monotonic() - clock
@@ -153,10 +153,9 @@ class Context:
             "peak_memory_bytes": peak_memory(),
             "started": started,
             "resumed": begun == "resume",
-            "sampler_programs": len(set().union(*(sampler.programs for sampler in self.samplers))),
+            "sampler_programs": len(self.programs),
         }
         folder.finish(timing)
-        self.samplers.clear()
         gc.collect()
         self.progress.log(f"{stage}: done in {duration(seconds)}")
 

@@ -83,7 +83,6 @@ def _train(context, folder, frozen: Frozen, bias: float):
             "policy", "",
         )  # fmt: skip
         rollouts = sample_rollouts(context, context.sampler(policy), frozen, f"update-{update}")
-        context.samplers.pop(0)  # the programs of the newest sampler stand for all
         batch, report = score_rollouts(context, frozen, state.params["value"], rollouts, bias)
         steps = []
         for rows in minibatches(settings, context.config.seed, update):

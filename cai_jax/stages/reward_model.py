@@ -31,9 +31,9 @@ def run(context, folder) -> dict:
     params, metrics = _train(context, folder, model, train)
     context.export(folder, model, params, "reward")
     context.progress.log("reward_model: scoring the held-out pairs")
-    texts = [prompt + response for prompt, *responses in (pair["tokens"] for pair in pairs) for response in responses]
+    texts = [pair["tokens"][0] + response for pair in held_out for response in pair["tokens"][1:]]
     scores = score_texts(context, model.config, params, texts)
-    for pair, pair_scores in zip(pairs, np.reshape(scores, (-1, 2)), strict=True):
+    for pair, pair_scores in zip(held_out, np.reshape(scores, (-1, 2)), strict=True):
         pair["scores"] = pair_scores
     return {
         "train_pairs": len(train),
