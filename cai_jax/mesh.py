@@ -73,7 +73,7 @@ def _check_divides(mesh, name, shape, spec):
     for axis, (size, mesh_axis) in enumerate(zip(shape, spec, strict=False)):
         if mesh_axis is None or size % mesh.shape[mesh_axis] == 0:
             continue
-        fitting = [n for n in range(1, mesh.devices.size + 1) if size % n == 0]
+        fitting = [n for n in range(1, mesh.size + 1) if size % n == 0]
         raise UserError(
             f"mesh axis {mesh_axis}={mesh.shape[mesh_axis]} does not divide axis {axis} (size {size}) of "
             f"leaf '{name}': set mesh.{mesh_axis} to one of {fitting}"

@@ -79,7 +79,7 @@ def test_the_table_names_every_leaf_and_splits_every_large_one(family, kind):
     for (path, leaf), sharding in zip(
         jax.tree_util.tree_leaves_with_path(shapes), jax.tree.leaves(placed), strict=True
     ):
-        assert sharding.is_fully_replicated == (leaf.size < 2000), (path, leaf.shape)
+        assert leaf.size < 2000 or not sharding.is_fully_replicated, (path, leaf.shape)
 
 
 def test_an_unknown_leaf_is_refused_by_name():

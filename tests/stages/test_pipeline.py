@@ -17,10 +17,10 @@ COMMAND = [sys.executable, "-m", "cai_jax.launch", "--config=tiny"]
 # In each stage, a file whose appearance says that the stage is under way and far from done.
 MIDDLES = {
     "critique_revision": "rows-00000-of-*.jsonl",
-    "sft": "checkpoints/2",
+    "sft": "checkpoints/[0-9]",
     "preferences": "pairs-00001-of-*.jsonl",
-    "reward_model": "checkpoints/2",
-    "ppo": "checkpoints/1",
+    "reward_model": "checkpoints/[0-9]",
+    "ppo": "checkpoints/[0-9]",
     "evaluate": "rows-base-00000-of-*.jsonl",
 }
 
