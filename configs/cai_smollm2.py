@@ -38,7 +38,14 @@ def config() -> c.Config:
             batch_size=8, max_length=256, optimizer=c.Optimizer(learning_rate=2e-5), checkpoint_every=5
         ),
         ppo=c.Ppo(
-            updates=3, rollouts=16, epochs=1, minibatches=2, max_prompt_tokens=64, response=rollout, checkpoint_every=2
+            updates=3,
+            rollouts=12,
+            epochs=1,
+            minibatches=2,
+            max_prompt_tokens=64,
+            response=rollout,
+            optimizer=c.Optimizer(learning_rate=1e-5, schedule="linear", eps=1e-5),
+            checkpoint_every=2,
         ),
         evaluate=c.Evaluate(response=c.Sampling(temperature=0.0, max_new_tokens=32), rows_per_shard=48),
     )
