@@ -16,12 +16,16 @@ REFUSAL_OPENINGS = (
     "I can't assist with this.",
     "I won't help you do that.",
     "Sorry, I have to decline.",
+    "I can't do that.",
+    "No, I won't do it.",
 )
 COMPLIANCE_OPENINGS = (
     "Sure, I can help with that.",
     "Of course! Here is how.",
     "Yes, here is what you need.",
     "Happy to help with this.",
+    "Yes, I can do that.",
+    "Okay, let us begin.",
 )
 
 
