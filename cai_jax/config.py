@@ -63,15 +63,16 @@ class Sampling:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     max_new_tokens: int = 64
+    stop: tuple[str, ...] = ()  # texts that end a row; they are not part of it
 
 
 @dataclass(frozen=True)
 class Sampler:
     """The shape of the sampler: rows decoded together, and the longest row in tokens."""
 
-    rows: int = 32
+    rows: int = 32  # slots of the cache
     max_length: int = 1024
-    smallest_bucket: int = 64  # prompts are padded to this length times a power of two, tokens
+    prefill_tokens: int = 128  # run in one pass, on all devices together
 
 
 @dataclass(frozen=True)

@@ -62,11 +62,32 @@ def leaf_name(path) -> str:
 def _sharding(mesh, name: str, shape) -> NamedSharding:
     if not shape:
         return NamedSharding(mesh, P())
-    for pattern, spec in TABLE:
-        if re.search(rf"(^|/){pattern}", name):
-            _check_divides(mesh, name, shape, spec)
-            return NamedSharding(mesh, spec)
-    raise UserError(f"no sharding for leaf '{name}' of shape {tuple(shape)}: add its name to TABLE in mesh.py")
+    spec = _spec(name)
+    if spec is None:
+        raise UserError(f"no sharding for leaf '{name}' of shape {tuple(shape)}: add its name to TABLE in mesh.py")
+    _check_divides(mesh, name, shape, spec)
+    return NamedSharding(mesh, spec)
+
+
+def _spec(name: str) -> P | None:
+    return next((spec for pattern, spec in TABLE if re.search(rf"(^|/){pattern}", name)), None)
+
+
+def decoding_shardings(mesh, tree):
+    """Shardings of the sampler's weights: the tensor axis of the table, and nothing along the others.
+
+    Layers are apart there (`layers/3/q`), and a kernel may lie transposed (`layers/3/q/kernel_OI`).
+    """
+
+    def sharding(path, leaf):
+        name = leaf_name(path)
+        base = re.sub(r"layers/\d+", "layers", name.removesuffix("/kernel_OI"))
+        spec = list((_spec(base) or P())[1 if base != name and base.startswith("layers") else 0 :])
+        if name.endswith("/kernel_OI"):
+            spec = [*spec, *[None] * (leaf.ndim - len(spec))][::-1]
+        return NamedSharding(mesh, P(*(axis if axis == "tensor" else None for axis in spec)))
+
+    return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
 def _check_divides(mesh, name, shape, spec):
@@ -84,3 +105,8 @@ def put_rows(mesh, batch):
     """Host arrays with rows first, split over the data axes (every process holds its own rows)."""
     sharding = NamedSharding(mesh, ROWS)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
+
+
+def put_global_rows(mesh, batch):
+    """Host arrays with rows first that every process holds whole, split over the data axes."""
+    return jax.device_put(batch, NamedSharding(mesh, ROWS))

@@ -256,7 +256,7 @@ _RULES = {
         "repetition_penalty": _POSITIVE,
         "max_new_tokens": _at_least(1),
     },
-    c.Sampler: {"rows": _at_least(1), "max_length": _at_least(2), "smallest_bucket": _at_least(1)},
+    c.Sampler: {"rows": _at_least(1), "max_length": _at_least(2), "prefill_tokens": _at_least(16)},
     c.Optimizer: {
         "learning_rate": _POSITIVE,
         "schedule": _one_of("cosine", "linear", "constant"),

@@ -17,7 +17,7 @@ def config() -> c.Config:
             eval_helpful=c.PromptSet("shipped:helpful", split="eval", limit=16),
             eval_look_alike=c.PromptSet("shipped:look_alike", split="eval", limit=16),
         ),
-        sampler=c.Sampler(rows=24, max_length=1536, smallest_bucket=64),
+        sampler=c.Sampler(rows=24, max_length=1536),
         critique_revision=c.CritiqueRevision(
             rounds=1,
             response=answer,

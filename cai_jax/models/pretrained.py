@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from cai_jax.config import cache_folder
 from cai_jax.errors import UserError
 from cai_jax.models import families
 from cai_jax.models.byte_tokenizer import VOCAB_SIZE, byte_tokenizer
@@ -143,11 +144,6 @@ def _resolve(source: str) -> Path:
             f"{source}: no such folder, and the Hugging Face hub did not give it ({type(error).__name__}: {reason}): "
             "check the name and the network, or name a local folder"
         ) from None
-
-
-def cache_folder() -> Path:
-    """Where converted models are kept: $CAI_JAX_CACHE, or ~/.cache/cai_jax."""
-    return Path(os.environ.get("CAI_JAX_CACHE") or "~/.cache/cai_jax").expanduser()
 
 
 def _converted(path: Path) -> Path:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cai_jax.models.families import ModelConfig, inverse_frequencies
-from cai_jax.models.kernels import dot, dot_transposed
+from cai_jax.models.kernels import Transposed, dot
 
 NEGATIVE = -1e30  # finite: a row that sees nothing must not become NaN
 
@@ -77,10 +77,8 @@ def embed(config: ModelConfig, params, tokens_BT):
 def unembed(config: ModelConfig, params, hidden_BTD):
     """Logits in float32 from final-norm hidden states, soft-capped where the family does."""
     with jax.named_scope("unembed"):
-        if config.tie_embeddings:
-            logits = dot_transposed(hidden_BTD, params["embed"])
-        else:
-            logits = dot(hidden_BTD, params["lm_head"])
+        tied = config.tie_embeddings
+        logits = dot(hidden_BTD, Transposed(params["embed"]) if tied else params["lm_head"])
     return softcap(logits, config.logit_softcap)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -10,6 +11,11 @@ def as_float(x):
     """x as a floating array of at least float32: integers and half precision are raised, float64 is kept."""
     x = jnp.asarray(x)
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def assert_same_shape(*arrays):
+    """Raise AssertionError where arrays differ in shape: broadcast, they would give a loss of something else."""
+    chex.assert_equal_shape([jnp.asarray(x) for x in arrays])
 
 
 def masked_fill(x, mask):

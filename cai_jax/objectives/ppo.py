@@ -7,7 +7,7 @@ the prompt before them). What stands outside the mask never changes a result or 
 import jax
 import jax.numpy as jnp
 
-from .logprobs import as_float, masked_fill, masked_mean
+from .logprobs import as_float, assert_same_shape, masked_fill, masked_mean
 
 
 def kl(logprobs_BT, ref_logprobs_BT, estimator):
@@ -20,6 +20,7 @@ def kl(logprobs_BT, ref_logprobs_BT, estimator):
     Raises:
       ValueError: unknown estimator.
     """
+    assert_same_shape(logprobs_BT, ref_logprobs_BT)
     log_ratio_BT = as_float(ref_logprobs_BT) - as_float(logprobs_BT)
     if estimator == "k1":
         return -log_ratio_BT
@@ -37,6 +38,8 @@ def rewards(scores_B, kl_BT, mask_BT, kl_coef):
     2019, arXiv 1909.08593, section 2). A row without tokens gets nothing. Always floating, whatever the
     dtype of the scores.
     """
+    assert_same_shape(kl_BT, mask_BT)
+    assert_same_shape(scores_B, jnp.asarray(mask_BT)[:, 0])
     mask_BT = jnp.asarray(mask_BT).astype(bool)
     length = mask_BT.shape[1]
     last_B = length - 1 - jnp.argmax(mask_BT[:, ::-1], axis=1)
@@ -52,6 +55,7 @@ def advantages(rewards_BT, values_BT, mask_BT, gamma, lam):
     2015, arXiv 1506.02438). t + 1 is the next real token of the row; after the last one V and A are 0, because
     the episode ends there.
     """
+    assert_same_shape(rewards_BT, values_BT, mask_BT)
     mask_BT = jnp.asarray(mask_BT).astype(bool)
     rewards_BT = masked_fill(rewards_BT, mask_BT)
     values_BT = masked_fill(values_BT, mask_BT)
@@ -89,6 +93,7 @@ def whiten(x_BT, mask_BT, shift_mean=True):
 
 def policy_terms(logprobs_BT, old_logprobs_BT, advantages_BT, mask_BT, clip):
     """What policy_loss takes the mean of: loss_BT and, under the names of its metrics, arrays [B, T]."""
+    assert_same_shape(logprobs_BT, old_logprobs_BT, advantages_BT, mask_BT)
     change_BT = masked_fill(logprobs_BT, mask_BT) - masked_fill(old_logprobs_BT, mask_BT)
     advantages_BT = masked_fill(advantages_BT, mask_BT)
     ratio_BT = jnp.exp(change_BT)
@@ -117,6 +122,7 @@ def policy_loss(logprobs_BT, old_logprobs_BT, advantages_BT, mask_BT, clip):
 
 def value_terms(values_BT, old_values_BT, returns_BT, mask_BT, clip):
     """What value_loss takes the mean of: loss_BT and, under the names of its metrics, arrays [B, T]."""
+    assert_same_shape(values_BT, old_values_BT, returns_BT, mask_BT)
     values_BT = masked_fill(values_BT, mask_BT)
     old_values_BT = masked_fill(old_values_BT, mask_BT)
     returns_BT = masked_fill(returns_BT, mask_BT)

@@ -1,6 +1,7 @@
 """The one jitted batched sampler: response, critique, revision, pair, rollout and label all go through it."""
 
 from cai_jax.config import Sampling
-from cai_jax.sampler.engine import Sample, Sampler
+from cai_jax.sampler.engine import Counts, Sampler
+from cai_jax.sampler.requests import Generate, Row, Sample, Score
 
-__all__ = ["Sample", "Sampler", "Sampling"]
+__all__ = ["Counts", "Generate", "Row", "Sample", "Sampler", "Sampling", "Score"]

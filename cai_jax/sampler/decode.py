@@ -1,227 +1,164 @@
-"""The jitted programs of the sampler: prefix, generate, score. Nothing else in a run decodes."""
+"""The jitted programs of the sampler: prefill, decode, share. Nothing else in a run generates or scores text.
+
+With a mesh each of them runs on every data shard with that shard's slots and strips alone; heads and weights are
+split over the tensor axis by the compiler.
+"""
 
 from functools import partial
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from cai_jax.models.families import ModelConfig
-from cai_jax.models.transformer import NEGATIVE, unembed
-from cai_jax.sampler.cache import Cache, empty_cache, extend
+from cai_jax.models.transformer import unembed
+from cai_jax.sampler import cache as caches
+from cai_jax.sampler.cache import Cache, Strips, extend
+from cai_jax.sampler.sampling import RowSettings, sample
+
+ROWS = ("data", "fsdp")
+ASKED_AT_ONCE = 32  # positions whose logits exist together in prefill
 
 
 @flax.struct.dataclass
-class RowSettings:
-    """How each row is sampled; everything is traced, so no value of it compiles a new program."""
+class Asked:
+    """Log-probs wanted of a prefill: at each of the first `count` places of the pass, those of X next tokens."""
 
-    temperature: jax.Array  # [B], 0 is greedy
-    top_k: jax.Array  # [B], 0 is off
-    top_p: jax.Array  # [B], 1 is off
-    min_p: jax.Array  # [B], 0 is off
-    repetition_penalty: jax.Array  # [B], 1 is off
-    max_new_tokens: jax.Array  # [B]; 0 marks an unused row
-    stop: jax.Array  # [B, X] token ids that end a row, padded with -1
-    key: jax.Array  # [B, 2] uint32, the row key
+    places_M: jax.Array  # strip * T + token
+    tokens_MX: jax.Array
+    count_1: jax.Array
 
 
 @flax.struct.dataclass
-class Prefix:
-    """A conversation start that many rows share: its tokens `[S]` and its one-row cache."""
+class Slots:
+    """All slots before some decoding steps."""
 
-    tokens_S: jax.Array
-    cache: Cache
-
-
-@flax.struct.dataclass
-class Progress:
-    """What the decode loop carries besides the cache."""
-
-    count: jax.Array  # tokens emitted so far by the longest row
+    last_tokens_B: jax.Array  # drawn or given, not yet in the cache
+    filled_B: jax.Array  # entries of the own cache
+    shared_B: jax.Array  # entries of the shared prefix that the slot stands on
+    drawn_B: jax.Array  # tokens of the completion so far
     live_B: jax.Array
-    last_token_B: jax.Array
-    tokens_BN: jax.Array
-    logprobs_BN: jax.Array
-    lengths_B: jax.Array
+    settings: RowSettings
+
+
+@partial(jax.jit, static_argnames=("config", "mesh"), donate_argnames="cache")
+def prefill(config: ModelConfig, mesh, weights, cache: Cache, strips: Strips, asked: Asked):
+    """Run strips into their slots; returns the cache and the log-probs asked for, `[M, X]`, at temperature 1."""
+
+    def local(weights, cache, strips, asked):
+        cache, hidden_QTD = extend(config, weights, cache, strips)
+        hidden_MD = hidden_QTD.reshape(-1, hidden_QTD.shape[-1])
+
+        def some(index, logprobs_MX):
+            at = index * ASKED_AT_ONCE
+            places = jax.lax.dynamic_slice_in_dim(asked.places_M, at, ASKED_AT_ONCE)
+            tokens = jax.lax.dynamic_slice_in_dim(asked.tokens_MX, at, ASKED_AT_ONCE)
+            all_logprobs = jax.nn.log_softmax(unembed(config, weights, hidden_MD[places]))
+            found = jnp.take_along_axis(all_logprobs, tokens, axis=1)
+            return jax.lax.dynamic_update_slice_in_dim(logprobs_MX, found, at, 0)
+
+        full = (asked.count_1[0] + ASKED_AT_ONCE - 1) // ASKED_AT_ONCE
+        return cache, jax.lax.fori_loop(0, full, some, jnp.zeros(asked.tokens_MX.shape, jnp.float32))
+
+    return _on_shards(mesh, local, (P(), _CACHE, P(ROWS), P(ROWS)), (_CACHE, P(ROWS)))(weights, cache, strips, asked)
+
+
+@partial(jax.jit, static_argnames=("config", "mesh", "steps"), donate_argnames="cache")
+def decode(config: ModelConfig, mesh, weights, cache: Cache, slots: Slots, history_BS, patience, steps: int):
+    """Draw up to `steps` tokens for every live slot, stopping early once `patience` of them have ended.
+
+    `history_BS` are the tokens that each slot stands on, padded with -1 (for the repetition penalty). Returns the
+    cache, tokens `[B, steps]` (the stop token included), their log-probs under softmax(logits / temperature) before
+    any filter (temperature 1 for a greedy row), and how many there are.
+    """
+
+    def local(weights, cache, slots, history_BS, patience):
+        rows = slots.live_B.shape[0]
+        begin = _Loop(
+            cache, jnp.int32(0), slots.live_B, slots.last_tokens_B, jnp.zeros((rows, steps), jnp.int32),
+            jnp.zeros((rows, steps), jnp.float32), jnp.zeros(rows, jnp.int32),
+            _seen_tokens(config, history_BS, slots.settings),
+        )  # fmt: skip
+        enough = jnp.minimum(patience, jnp.sum(slots.live_B))
+
+        def goes_on(loop):
+            return (loop.step < steps) & (jnp.sum(slots.live_B) - jnp.sum(loop.live_B) < enough)
+
+        loop = jax.lax.while_loop(goes_on, partial(_step, config, weights, slots), begin)
+        return loop.cache, loop.tokens_BC, loop.logprobs_BC, loop.counts_B
+
+    rows = P(ROWS)
+    return _on_shards(mesh, local, (P(), _CACHE, rows, rows, P()), (_CACHE, rows, rows, rows))(
+        weights, cache, slots, history_BS, patience
+    )
+
+
+@partial(jax.jit, static_argnames=("mesh", "length"))
+def share(mesh, cache: Cache, length: int) -> Cache:
+    """Make the first `length` entries of slot 0 (of each data shard) the prefix that all slots may stand on."""
+    return _on_shards(mesh, lambda cache: caches.share(cache, 0, length), (_CACHE,), _CACHE)(cache)
+
+
+@flax.struct.dataclass
+class _Loop:
+    """What the decoding loop carries."""
+
+    cache: Cache
+    step: jax.Array
+    live_B: jax.Array
+    last_tokens_B: jax.Array
+    tokens_BC: jax.Array
+    logprobs_BC: jax.Array
+    counts_B: jax.Array
     seen_BV: jax.Array
 
 
-@partial(jax.jit, static_argnames=("config", "dtype"))
-def prefill_prefix(config: ModelConfig, weights, tokens_S, dtype) -> Prefix:
-    """Run a shared conversation start once. It may be empty."""
-    cache = empty_cache(config, 1, tokens_S.shape[0], dtype)
-    if tokens_S.shape[0]:
-        tokens_BT = tokens_S[None]
-        positions_BT = jnp.arange(tokens_S.shape[0], dtype=jnp.int32)[None]
-        cache, _ = extend(config, weights, cache, tokens_BT, positions_BT, jnp.zeros_like(tokens_BT), 0)
-    return Prefix(tokens_S, cache)
+def _step(config, weights, slots: Slots, loop: _Loop) -> _Loop:
+    """Run the last token of every live slot and draw the next."""
+    live_B, place = loop.live_B, loop.step
+    filled_B = slots.filled_B + place
+    strips = Strips(loop.last_tokens_B[:, None], live_B[:, None], None, filled_B, slots.shared_B)
+    cache, hidden_B1D = extend(config, weights, loop.cache, strips)
+    logits_BV = unembed(config, weights, hidden_B1D[:, 0])
+    drawn_B = slots.drawn_B + place
+    token_B, logprob_B = sample(logits_BV, loop.seen_BV, slots.settings, drawn_B)
+    full_B = drawn_B + 1 >= slots.settings.max_new_tokens
+    ended_B = full_B | jnp.any(token_B[:, None] == slots.settings.stop, axis=1)
+    return _Loop(
+        cache, place + 1, live_B & ~ended_B, token_B,
+        loop.tokens_BC.at[:, place].set(jnp.where(live_B, token_B, 0)),
+        loop.logprobs_BC.at[:, place].set(jnp.where(live_B, logprob_B, 0)),
+        loop.counts_B + live_B,
+        _also_seen(loop.seen_BV, token_B, slots.settings),
+    )  # fmt: skip
 
 
-@partial(jax.jit, static_argnames=("config", "new_tokens", "dtype"))
-def generate(
-    config: ModelConfig, weights, prefix: Prefix, tokens_BT, mask_BT, settings: RowSettings, new_tokens, dtype
-):
-    """Sample a continuation of every row.
+def _seen_tokens(config, history_BS, settings: RowSettings):
+    """Which tokens each slot stands on, `[B, V]` bool; nothing while no row asks for a repetition penalty."""
 
-    `tokens_BT` are prompts after the prefix, left-padded; `new_tokens` is the room for the longest completion.
-    Returns tokens `[B, new_tokens]` (the stop token included), their log-probs under softmax(logits / temperature)
-    before any filter (temperature 1 for a greedy row), and the length of every completion.
-    """
-    rows, last = tokens_BT.shape[0], tokens_BT.shape[1] - 1
-    cache, positions_BT, shared = _start(config, prefix, mask_BT, new_tokens, dtype)
-    if last:  # the loop begins with the last token of the prompt
-        before_BT = tokens_BT[:, :last]
-        cache, _ = extend(
-            config, weights, cache, before_BT, positions_BT[:, :last], jnp.zeros_like(before_BT), 0, shared
-        )
-    last_positions_B = positions_BT[:, -1]
-    progress = Progress(
-        count=jnp.int32(0),
-        live_B=settings.max_new_tokens > 0,
-        last_token_B=tokens_BT[:, -1],
-        tokens_BN=jnp.zeros((rows, new_tokens), jnp.int32),
-        logprobs_BN=jnp.zeros((rows, new_tokens), jnp.float32),
-        lengths_B=jnp.zeros(rows, jnp.int32),
-        seen_BV=_seen_tokens(config, prefix.tokens_S, tokens_BT, mask_BT),
+    def mark(seen_BV):
+        rows_B1 = jnp.arange(history_BS.shape[0])[:, None]
+        return seen_BV.at[rows_B1, history_BS].max(history_BS >= 0, mode="drop", wrap_negative_indices=False)
+
+    nothing_BV = jnp.zeros((history_BS.shape[0], config.vocab_size), bool)
+    return jax.lax.cond(jnp.any(settings.repetition_penalty != 1), mark, lambda seen_BV: seen_BV, nothing_BV)
+
+
+def _also_seen(seen_BV, token_B, settings: RowSettings):
+    def mark(seen_BV):
+        return seen_BV.at[jnp.arange(token_B.shape[0]), token_B].set(True)
+
+    return jax.lax.cond(jnp.any(settings.repetition_penalty != 1), mark, lambda seen_BV: seen_BV, seen_BV)
+
+
+_CACHE = Cache(P(None, None, ROWS), P(None, None, ROWS), P(), P())
+
+
+def _on_shards(mesh, function, in_specs, out_specs):
+    """The function on each data shard by itself; without a mesh, the function."""
+    if mesh is None:
+        return function
+    return jax.shard_map(
+        function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=set(ROWS), check_vma=False
     )
-
-    def step(state):
-        cache, progress = state
-        positions_B1 = jnp.where(progress.live_B, last_positions_B + progress.count, -1)[:, None]
-        tokens_B1 = progress.last_token_B[:, None]
-        segments_B1, place = jnp.zeros_like(tokens_B1), last + progress.count
-        cache, hidden_BTD = extend(config, weights, cache, tokens_B1, positions_B1, segments_B1, place, shared)
-        return cache, emit(unembed(config, weights, hidden_BTD[:, 0]), progress, settings)
-
-    cache, progress = jax.lax.while_loop(lambda state: jnp.any(state[1].live_B), step, (cache, progress))
-    return progress.tokens_BN, progress.logprobs_BN, progress.lengths_B
-
-
-def emit(logits_BV, progress: Progress, settings: RowSettings) -> Progress:
-    """Sample the next token of every live row and note it."""
-    token_B, logprob_B = sample(logits_BV, progress.seen_BV, settings, progress.count)
-    live_B, place = progress.live_B, progress.count
-    ended_B = (place + 1 >= settings.max_new_tokens) | jnp.any(token_B[:, None] == settings.stop, axis=1)
-    return Progress(
-        count=place + 1,
-        live_B=live_B & ~ended_B,
-        last_token_B=token_B,
-        tokens_BN=progress.tokens_BN.at[:, place].set(jnp.where(live_B, token_B, 0)),
-        logprobs_BN=progress.logprobs_BN.at[:, place].set(jnp.where(live_B, logprob_B, 0)),
-        lengths_B=progress.lengths_B + live_B,
-        seen_BV=progress.seen_BV.at[jnp.arange(token_B.shape[0]), token_B].set(True),
-    )
-
-
-@partial(jax.jit, static_argnames=("config", "dtype"))
-def score(config: ModelConfig, weights, prefix: Prefix, tokens_BT, mask_BT, options, dtype):
-    """Log-probs of the tokens of several options a row, each as the continuation of the row's prompt.
-
-    `options` is a dict of `[B, O]` arrays over all option tokens of a row: `tokens`, `segment` (which option, from
-    1; 0 is a pad), `offset` (place in its option, from 0). Options do not see each other. Returns `[B, O]`.
-    """
-    prompt_length = tokens_BT.shape[1]
-    rows, option_length = options["tokens"].shape
-    cache, prompt_positions_BT, shared = _start(config, prefix, mask_BT, option_length, dtype)
-    end_B = prompt_positions_BT[:, -1:] + 1
-    option_positions_BO = jnp.where(options["segment"] > 0, end_B + options["offset"], -1)
-    _, hidden_BTD = extend(
-        config,
-        weights,
-        cache,
-        jnp.concatenate([tokens_BT, options["tokens"]], axis=1),
-        jnp.concatenate([prompt_positions_BT, option_positions_BO], axis=1),
-        jnp.concatenate([jnp.zeros_like(tokens_BT), options["segment"]], axis=1),
-        0,
-        shared,
-    )
-    before_BO = prompt_length - 1 + jnp.where(options["offset"] > 0, jnp.arange(option_length), 0)
-
-    def token_logprob(before_and_token):
-        before_B, token_B = before_and_token
-        logits_BV = unembed(config, weights, hidden_BTD[jnp.arange(rows), before_B])
-        return pick(jax.nn.log_softmax(logits_BV), token_B)
-
-    return jax.lax.map(token_logprob, (before_BO.T, options["tokens"].T)).T
-
-
-def sample(logits_BV, seen_BV, settings: RowSettings, index):
-    """One token a row and its log-prob. The key of a token is fold_in(row key, index in the completion)."""
-    greedy_B = settings.temperature == 0
-    scaled_BV = logits_BV / jnp.where(greedy_B, 1.0, settings.temperature)[:, None]
-    needs_filter = jnp.any(
-        (settings.top_k > 0) | (settings.top_p < 1) | (settings.min_p > 0) | (settings.repetition_penalty != 1)
-    )
-    choice_BV = jax.lax.cond(
-        needs_filter, lambda: filtered_logits(logits_BV, seen_BV, settings), lambda: scaled_BV
-    )
-
-    def draw(key, row_V):
-        return jax.random.categorical(jax.random.fold_in(jax.random.wrap_key_data(key), index), row_V)
-
-    drawn_B = jax.lax.cond(
-        jnp.all(greedy_B), lambda: jnp.zeros(greedy_B.shape, jnp.int32), lambda: jax.vmap(draw)(settings.key, choice_BV)
-    )
-    token_B = jnp.where(greedy_B, jnp.argmax(choice_BV, axis=-1), drawn_B).astype(jnp.int32)
-    return token_B, pick(jax.nn.log_softmax(scaled_BV), token_B)
-
-
-def filtered_logits(logits_BV, seen_BV, settings: RowSettings):
-    """Logits after repetition penalty, temperature, top-k, top-p and min-p, in that order; dropped ones at -1e30."""
-    penalty_B1 = settings.repetition_penalty[:, None]
-    penalised_BV = jnp.where(logits_BV > 0, logits_BV / penalty_B1, logits_BV * penalty_B1)
-    logits_BV = jnp.where(seen_BV, penalised_BV, logits_BV)
-    logits_BV = logits_BV / jnp.where(settings.temperature == 0, 1.0, settings.temperature)[:, None]
-    unfiltered_B = settings.top_k <= 0
-    count_B = jnp.where(unfiltered_B, logits_BV.shape[-1], settings.top_k).astype(jnp.float32)
-    floor_B = highest_floor(logits_BV, jnp.ones_like(logits_BV), count_B)
-    logits_BV = jnp.where((logits_BV >= floor_B[:, None]) | unfiltered_B[:, None], logits_BV, NEGATIVE)
-    unfiltered_B = settings.top_p >= 1
-    probability_BV = jax.nn.softmax(logits_BV)
-    floor_B = highest_floor(logits_BV, probability_BV, settings.top_p)
-    logits_BV = jnp.where((logits_BV >= floor_B[:, None]) | unfiltered_B[:, None], logits_BV, NEGATIVE)
-    probability_BV = jax.nn.softmax(logits_BV)
-    enough_BV = probability_BV >= settings.min_p[:, None] * jnp.max(probability_BV, axis=-1, keepdims=True)
-    return jnp.where(enough_BV, logits_BV, NEGATIVE)
-
-
-def highest_floor(x_BV, weights_BV, target_B):
-    """The highest value such that the weights of all entries at or above it add up to the target, `[B]`.
-
-    With weights of one it is the k-th largest entry, with probabilities the floor of top-p. Found bit by bit, 32
-    sums over the row, which is many times faster than sorting a vocabulary on a CPU. Entries equal to the floor
-    stand or fall together.
-    """
-    bits_BV = jax.lax.bitcast_convert_type(x_BV.astype(jnp.float32), jnp.uint32)
-    sign = jnp.uint32(1 << 31)
-    ordered_BV = jnp.where(bits_BV & sign, ~bits_BV, bits_BV | sign)  # the order of floats as unsigned ints
-
-    def try_bit(i, floor_B):
-        higher_B = floor_B | (sign >> i.astype(jnp.uint32))
-        weight_B = jnp.sum(jnp.where(ordered_BV >= higher_B[:, None], weights_BV, 0), axis=-1)
-        return jnp.where(weight_B >= target_B, higher_B, floor_B)
-
-    floor_B = jax.lax.fori_loop(0, 32, try_bit, jnp.zeros(x_BV.shape[0], jnp.uint32))
-    floor_B = jnp.where(floor_B & sign, floor_B ^ sign, ~floor_B)
-    found_B = jax.lax.bitcast_convert_type(floor_B, jnp.float32)
-    return jnp.where(jnp.isnan(found_B), -jnp.inf, found_B)  # no such value: rounding kept the sum below the target
-
-
-def pick(x_BV, token_B):
-    """The entry of each row at its token, `[B]`."""
-    return jnp.take_along_axis(x_BV, token_B[:, None], axis=-1)[:, 0]
-
-
-def _start(config, prefix: Prefix, mask_BT, room, dtype):
-    """An empty cache for prompt and completion, the positions of the prompt, and the shared cache, if any."""
-    start = prefix.tokens_S.shape[0]
-    cache = empty_cache(config, mask_BT.shape[0], mask_BT.shape[1] + room, dtype)
-    positions_BT = jnp.where(mask_BT, start + jnp.cumsum(mask_BT.astype(jnp.int32), axis=1) - 1, -1)
-    return cache, positions_BT, prefix.cache if start else None
-
-
-def _seen_tokens(config, prefix_S, tokens_BT, mask_BT):
-    """Which tokens of the vocabulary the prompt of a row holds, prefix included, `[B, V]` bool."""
-    rows = tokens_BT.shape[0]
-    seen_BV = jnp.zeros((rows, config.vocab_size), bool).at[:, prefix_S].set(True)
-    return seen_BV.at[jnp.arange(rows)[:, None], tokens_BT].max(mask_BT)

@@ -1,51 +1,49 @@
-"""Conversations in, samples and option log-probs out: batching, buckets and keys around the jitted programs.
+"""The engine: thousands of row programs moved through the slots of one cache.
 
-A row's text depends on its conversation, its settings, its key and its bucket alone. Its bucket follows from its
-own length, so batch mates, slot and order change nothing.
+A stage describes one row as a generator that yields `Generate` and `Score` requests and goes on with the answers. The
+engine gives each row a slot for its whole life, runs what its requests add to the slot's tokens, decodes all slots
+that write, and hands the slot to the next row as soon as its row ends. A row's text depends on its conversation, its
+settings and its key; batch mates, slot and order change nothing.
 """
 
 import os
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
-import jax.numpy as jnp
 import numpy as np
 
 from cai_jax.chat import decode_text, encode_chat, encode_text, stop_ids
 from cai_jax.config import Sampling
-from cai_jax.mesh import put_rows
+from cai_jax.mesh import put_global_rows
 from cai_jax.provenance import row_seed
 from cai_jax.sampler import decode
-from cai_jax.sampler.cache import cache_bytes, prepare
+from cai_jax.sampler.cache import BLOCK, STRIP, cache_bytes, new_cache, prepare
+from cai_jax.sampler.requests import Generate, Row, Sample, Score
+from cai_jax.sampler.sampling import RowSettings
+from cai_jax.sampler.slots import Run, Slot, Writing, empty_strips
 
-SMALLEST_COMPLETION = 64  # foot of the ladder of completion lengths, tokens
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One completion. `tokens` and `logprobs` include the stop token; `truncated` says that there was none."""
-
-    text: str
-    tokens: list[int]
-    logprobs: list[float]
-    truncated: bool
+CANDIDATES = 16  # log-probs asked for at one place, at most
 
 
-@dataclass(frozen=True)
-class _Request:
-    index: int
-    tokens: list[int]  # after the prefix
-    prefixed: bool
+@dataclass
+class Counts:
+    """What a sampler has done so far, in tokens and, for `done`, rows."""
+
+    done: int = 0
+    generated: int = 0
+    prefilled: int = 0
+    reused: int = 0  # tokens of requests whose keys were there already
+    steps: int = 0  # slots times decoding steps; generated / steps is the occupancy
 
 
 @dataclass
 class Sampler:
     """The sampler of one policy version.
 
-    `model` is what `load_model` gives. At most `rows` rows run together, each of at most `max_length` tokens,
-    prompt and completion. `mesh` splits rows over its data axes. `smallest_bucket` is the foot of the ladder of
-    prompt lengths: higher means fewer compiled programs and more padding.
+    `model` is what `load_model` gives. At most `rows` rows live in the cache, each of at most `max_length` tokens,
+    prompt and completion. `mesh` splits rows over its data axes and heads over tensor. `reuse=False` computes every
+    request from its first token (for comparison).
     """
 
     model: object
@@ -53,15 +51,25 @@ class Sampler:
     rows: int = 32
     dtype: str = "float32"
     mesh: object = None
-    smallest_bucket: int = 64
-    on_batch: Callable[[int, int], None] = lambda rows, tokens: None
+    prefill_tokens: int = 128  # run in one prefill call, on all devices together
+    chunk: int = 32  # decoding steps between two looks at the host
+    reuse: bool = True
+    ignore_stops: bool = False  # write to the limit, whatever is drawn (benchmarks)
+    on_progress: Callable[[Counts], None] = lambda counts: None
     programs: set = field(default_factory=set)  # static shapes run so far; each is one compilation
+    counts: Counts = field(default_factory=Counts)
 
     def __post_init__(self):
-        self._weights = prepare(self.model.config, self.model.params, self.dtype)
-        self._prefixes = {}
-        nothing = jnp.zeros(0, jnp.int32)
-        self._no_prefix = ([], decode.prefill_prefix(self.model.config, self._weights, nothing, self.dtype))
+        config = self.model.config
+        self._ways = 1 if self.mesh is None else self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        self._strips = max(1, self.prefill_tokens // (STRIP * self._ways))  # of each data shard
+        self._weights = prepare(config, self.model.params, self.dtype, self.mesh)
+        self._cache = None  # made for the first request, with the room that its prefix needs
+        self._prefix: list[int] = []
+        self._stops = () if self.ignore_stops else stop_ids(self.model.tokenizer, config.eos_ids)
+        self._slots = [Slot(number) for number in range(self.rows)]
+
+    # ---- what users call
 
     def generate(
         self,
@@ -80,25 +88,8 @@ class Sampler:
         count = len(conversations)
         samplings = [sampling] * count if isinstance(sampling, Sampling) else list(sampling)
         row_seeds = [row_seed(seed, "generate", i) for i in range(count)] if row_seeds is None else list(row_seeds)
-        results: list = [None] * count
-        groups = defaultdict(list)
-        for request in self._requests(conversations, prefix):
-            new_tokens = bucket(samplings[request.index].max_new_tokens, SMALLEST_COMPLETION)
-            groups[request.prefixed, bucket(len(request.tokens), self.smallest_bucket), new_tokens].append(request)
-        for (prefixed, length, new_tokens), requests in sorted(groups.items()):
-            _, shared = self._prefix(prefix) if prefixed else self._no_prefix
-            for batch in _batches(requests, self.rows):
-                tokens_BT, mask_BT = _left_padded([request.tokens for request in batch], self.rows, length)
-                settings = self._settings([(samplings[r.index], row_seeds[r.index]) for r in batch])
-                arrays = self._put((tokens_BT, mask_BT, settings))
-                self.programs.add(("generate", shared.tokens_S.shape[0], length, new_tokens))
-                out = decode.generate(self.model.config, self._weights, shared, *arrays, new_tokens, self.dtype)
-                tokens_BN, logprobs_BN, lengths_B = (np.asarray(x) for x in out)
-                for slot, request in enumerate(batch):
-                    end = lengths_B[slot]
-                    results[request.index] = self._sample(tokens_BN[slot, :end], logprobs_BN[slot, :end])
-                self.on_batch(len(batch), int(lengths_B.sum()))
-        return results
+        asked = zip(conversations, samplings, row_seeds, strict=True)
+        return self.run([_only(Generate([*prefix, *c], s, key)) for c, s, key in asked], prefix)
 
     def score(self, conversations: Sequence, options: Sequence, prefix: Sequence = ()) -> list[list[float]]:
         """Log-prob of each option as the next text of its conversation; see `score_tokens` for the arguments."""
@@ -108,41 +99,72 @@ class Sampler:
         """Log-prob of every token of each option, at temperature 1.
 
         A conversation that ends with an assistant turn is continued inside that turn. `options` is one list for
-        all conversations or a list for each; an option is a text, or a list of token ids. All options of a row
-        share one pass over its conversation.
+        all conversations or a list for each; an option is a text, or a list of token ids.
         """
         per_row = options and isinstance(options[0], list | tuple) and not isinstance(options[0][0], int)
         rows_of_options = list(options) if per_row else [options] * len(conversations)
-        encoded = [[self._option(option) for option in row] for row in rows_of_options]
-        results: list = [None] * len(conversations)
-        groups = defaultdict(list)
-        for request in self._requests(conversations, prefix):
-            room = bucket(sum(len(option) for option in encoded[request.index]), 2)
-            groups[request.prefixed, bucket(len(request.tokens), self.smallest_bucket), room].append(request)
-        for (prefixed, length, room), requests in sorted(groups.items()):
-            _, shared = self._prefix(prefix) if prefixed else self._no_prefix
-            for batch in _batches(requests, self.rows):
-                tokens_BT, mask_BT = _left_padded([request.tokens for request in batch], self.rows, length)
-                packed = _pack_options([encoded[request.index] for request in batch], self.rows, room)
-                self.programs.add(("score", shared.tokens_S.shape[0], length, room))
-                logprobs_BO = np.asarray(
-                    decode.score(
-                        self.model.config, self._weights, shared, *self._put((tokens_BT, mask_BT, packed)), self.dtype
-                    )
-                )
-                for slot, request in enumerate(batch):
-                    ends = np.cumsum([len(option) for option in encoded[request.index]])
-                    results[request.index] = np.split(logprobs_BO[slot, : ends[-1]], ends[:-1])
-                self.on_batch(len(batch), int(mask_BT.sum()))
-        return results
+        asked = zip(conversations, rows_of_options, strict=True)
+        return self.run([_only(Score([*prefix, *c], row)) for c, row in asked], prefix)
+
+    def run(self, rows: Iterable[Row], prefix: Sequence = ()) -> list:
+        """What each row program returns, in order."""
+        return [result for _, result in sorted(self.stream(rows, prefix), key=lambda pair: pair[0])]
+
+    def stream(self, rows: Iterable[Row], prefix: Sequence = ()) -> Iterator[tuple[int, object]]:
+        """(place, what it returned) of each row program, as soon as it ends. Programs are taken up when a slot is free.
+
+        `prefix` is the conversation start that most requests begin with; it is run once.
+        """
+        self._share(prefix)
+        waiting = enumerate(rows)
+        for slot in self._slots:
+            slot.clear()
+        while True:
+            for slot in self._slots:
+                while slot.row is None and (following := next(waiting, None)) is not None:
+                    slot.index, slot.row = following
+                    yield from self._answer(slot, None)
+            if any(slot.runs for slot in self._slots):
+                yield from self._prefill()
+            elif any(slot.writing for slot in self._slots):
+                yield from self._decode()
+            else:
+                return
 
     def fits(self, conversation: Sequence, new_tokens: int, prefix: Sequence = ()) -> bool:
         """Whether a conversation and a completion of `new_tokens` stay inside `max_length`."""
         return len(self._encode([*prefix, *conversation])) + new_tokens <= self.max_length
 
-    def cache_bytes(self, length: int | None = None) -> int:
-        """Bytes of the key/value cache of a full batch of rows of `length` tokens (`max_length`)."""
-        return cache_bytes(self.model.config, self.rows, length or self.max_length, self.dtype)
+    def cache_bytes(self) -> int:
+        """Bytes of the key/value cache of all slots."""
+        return cache_bytes(self.model.config, self.rows, self.max_length, len(self._prefix), self.dtype)
+
+    # ---- rows and their requests
+
+    def _answer(self, slot: Slot, answer) -> Iterator[tuple[int, object]]:
+        """Give a row its answer and take up its next request; or its result, and the slot is free."""
+        try:
+            request = slot.row.send(answer)
+        except StopIteration as end:
+            self.counts.done += 1
+            yield slot.index, end.value
+            slot.clear()
+            return
+        tokens = self._encode(request.conversation)
+        if isinstance(request, Generate):
+            self._check_room(slot.index, tokens, request.sampling.max_new_tokens)
+            kept = slot.write(tokens, self._prefix, request.sampling, request.seed, self.reuse)
+        else:
+            options = [self._option(option) for option in request.options]
+            self._check_room(slot.index, tokens, max(map(len, options)))
+            kept = slot.score(tokens, options, self._prefix, self.reuse, CANDIDATES)
+        self.counts.reused += kept
+
+    def _check_room(self, index, tokens, new_tokens):
+        if len(tokens) + new_tokens > self.max_length:
+            raise ValueError(
+                f"row {index} has {len(tokens)} tokens and asks for {new_tokens}; max_length is {self.max_length}"
+            )
 
     def _encode(self, conversation):
         continued = bool(conversation) and conversation[-1]["role"] == "assistant"
@@ -156,91 +178,191 @@ class Sampler:
             raise ValueError("an option has no tokens: give each option some text")
         return tokens
 
-    def _requests(self, conversations, prefix):
-        start, _ = self._prefix(prefix)
-        for index, conversation in enumerate(conversations):
-            tokens = self._encode([*prefix, *conversation])
-            if len(tokens) >= self.max_length:
-                raise ValueError(f"conversation {index} has {len(tokens)} tokens; max_length is {self.max_length}")
-            prefixed = bool(start) and tokens[: len(start)] == start and len(tokens) > len(start)
-            yield _Request(index, tokens[len(start) :] if prefixed else tokens, prefixed)
+    # ---- the programs on the device
 
-    def _prefix(self, messages):
-        """Tokens of a shared conversation start and their cache, run at its first use.
+    def _prefill(self) -> Iterator[tuple[int, object]]:
+        """One call of the prefill program, with as many strips of waiting runs as it holds."""
+        pieces, asked = self._run_strips(self._waiting_strips())
+        for (slot, run, place), logprobs in asked:
+            slot.note(run, place, logprobs)
+        for piece in pieces:
+            piece.slot.ran(piece.run, piece.count)
+            self.counts.prefilled += piece.count
+        self.on_progress(self.counts)
+        for slot in {id(piece.slot): piece.slot for piece in pieces}.values():
+            if slot.scores is not None and not slot.runs:
+                scores, slot.scores = [np.asarray(option, np.float32) for option in slot.scores], None
+                yield from self._answer(slot, scores)
+
+    def _waiting_strips(self):
+        """Per data shard, the next strips of the run that each slot has first in line."""
+        for group in self._groups():
+            taken = []
+            for slot in group:
+                if slot.runs and len(taken) < self._strips:
+                    taken += slot.next_strips(STRIP, self._strips - len(taken))
+            yield taken
+
+    def _run_strips(self, groups):
+        """Run strips, a list a data shard; returns them and the log-probs asked for, [((slot, run, place), values)]."""
+        groups, length = list(groups), max(self._strips * STRIP, decode.ASKED_AT_ONCE)
+        strips = empty_strips(self._ways * self._strips)
+        asked = decode.Asked(
+            np.zeros(self._ways * length, np.int32), np.zeros((self._ways * length, CANDIDATES), np.int32),
+            np.zeros(self._ways, np.int32),
+        )  # fmt: skip
+        wanted = {}
+        for way, pieces in enumerate(groups):
+            for q, piece in enumerate(pieces):
+                piece.fill(strips, way * self._strips + q, self._place(piece.slot))
+                for token, place in piece.asked():
+                    at = way * length + int(asked.count_1[way])
+                    asked.places_M[at] = q * STRIP + token
+                    candidates = piece.run.asked[place]
+                    asked.tokens_MX[at, : len(candidates)] = candidates
+                    asked.count_1[way] += 1
+                    wanted[at] = (piece.slot, piece.run, place)
+        self.programs.add(("prefill", *self._shapes()))
+        self._cache, logprobs = decode.prefill(
+            self.model.config, self.mesh, self._weights, self._cache, *self._put((strips, asked))
+        )
+        logprobs = _on_host(logprobs) if wanted else None
+        return list(chain(*groups)), [(key, logprobs[at]) for at, key in wanted.items()]
+
+    def _decode(self) -> Iterator[tuple[int, object]]:
+        """Some steps of the decoding loop: until a few rows have ended, or the chunk is full."""
+        slots, history_BS = self._slot_arrays()
+        patience = np.int32(max(1, self.rows // self._ways // 8))
+        self.programs.add(("decode", *self._shapes()))
+        self._cache, *out = decode.decode(
+            self.model.config, self.mesh, self._weights, self._cache, *self._put((slots, history_BS)), patience,
+            self.chunk,
+        )  # fmt: skip
+        tokens_BC, logprobs_BC, counts_B = map(_on_host, out)
+        self.counts.steps += self.rows * int(counts_B.max())
+        self.counts.generated += int(counts_B.sum())
+        ended = []
+        for slot, tokens, logprobs, count in zip(self._slots, tokens_BC, logprobs_BC, counts_B, strict=True):
+            if slot.writing:
+                slot.wrote(tokens[:count].tolist(), logprobs[:count].tolist())
+                if (sample := self._ended(slot.writing)) is not None:
+                    ended.append((slot, sample))
+        self.on_progress(self.counts)
+        for slot, sample in ended:
+            slot.writing = None
+            yield from self._answer(slot, sample)
+
+    def _ended(self, writing: Writing) -> Sample | None:
+        """The sample, if a stop token, a stop string or the limit has ended it."""
+        tokens, sampling = writing.tokens, writing.sampling
+        stopped = tokens[-1] in self._stops
+        text = decode_text(self.model.tokenizer, tokens[:-1] if stopped else tokens)
+        if any(stop in text for stop in sampling.stop):
+            return self._cut(writing)
+        if not stopped and len(tokens) < sampling.max_new_tokens:
+            return None
+        return Sample(text, list(tokens), list(writing.logprobs), truncated=not stopped)
+
+    def _cut(self, writing: Writing) -> Sample:
+        """The sample up to the first token that completes a stop string; its text ends before that string."""
+        for count in range(1, len(writing.tokens) + 1):
+            text = decode_text(self.model.tokenizer, writing.tokens[:count])
+            if found := [text.index(stop) for stop in writing.sampling.stop if stop in text]:
+                return Sample(text[: min(found)], writing.tokens[:count], writing.logprobs[:count], truncated=False)
+        raise AssertionError("the stop string was there")
+
+    def _share(self, messages) -> None:
+        """Run a conversation start once and make it the shared prefix.
 
         Without messages it is what the template writes before the first text of a user: often a system turn.
         """
-        key = tuple((message["role"], message["content"]) for message in messages)
-        if key not in self._prefixes:
-            if messages:
-                tokens = encode_chat(self.model.tokenizer, list(messages), add_generation_prompt=False)
-            else:
-                probes = [self._encode([{"role": "user", "content": text}]) for text in ("a", "0")]
-                tokens = os.path.commonprefix(probes)
-            tokens_S = jnp.asarray(tokens, jnp.int32)
-            self.programs.add(("prefix", len(tokens)))
-            self._prefixes[key] = (
-                tokens,
-                decode.prefill_prefix(self.model.config, self._weights, tokens_S, self.dtype),
-            )
-        return self._prefixes[key]
+        if messages:
+            tokens = encode_chat(self.model.tokenizer, list(messages), add_generation_prompt=False)
+        else:
+            probes = [self._encode([{"role": "user", "content": text}]) for text in ("a", "0")]
+            tokens = os.path.commonprefix(probes)
+        tokens = tokens if self.reuse else []
+        if self._cache is not None and tokens == self._prefix:
+            return
+        room = -(-len(tokens) // BLOCK) * BLOCK
+        if self._cache is None or room != self._cache.prefix_room:
+            self._cache = None  # two caches at once could be too much
+            self._cache = new_cache(self.model.config, self.rows, self.max_length, room, self.dtype, self.mesh)
+        self._prefix = list(tokens)
+        if tokens:
+            firsts = [group[0] for group in self._groups()]
+            for slot in firsts:
+                slot.clear()
+                slot.runs.append(Run(0, list(tokens)))
+            while any(slot.runs for slot in firsts):
+                for piece in self._run_strips([slot.next_strips(STRIP, self._strips) for slot in firsts])[0]:
+                    piece.slot.ran(piece.run, piece.count)
+            self.counts.prefilled += len(tokens)
+            self.programs.add(("share", *self._shapes()))
+            self._cache = decode.share(self.mesh, self._cache, room)
 
-    def _settings(self, rows):
-        padded = rows + [(Sampling(max_new_tokens=0), 0)] * (self.rows - len(rows))
-        stops = stop_ids(self.model.tokenizer, self.model.config.eos_ids)
+    # ---- host arrays
+
+    def _slot_arrays(self):
+        """What the decoding loop needs to know of every slot."""
+        writings = [slot.writing for slot in self._slots]
+        samplings = [writing.sampling if writing else Sampling(max_new_tokens=0) for writing in writings]
         column = {
-            name: np.asarray([getattr(sampling, name) for sampling, _ in padded], dtype)
+            name: np.asarray([getattr(sampling, name) for sampling in samplings], dtype)
             for name, dtype in (
-                ("temperature", np.float32),
-                ("top_k", np.int32),
-                ("top_p", np.float32),
-                ("min_p", np.float32),
-                ("repetition_penalty", np.float32),
-                ("max_new_tokens", np.int32),
+                ("temperature", np.float32), ("top_k", np.int32), ("top_p", np.float32), ("min_p", np.float32),
+                ("repetition_penalty", np.float32), ("max_new_tokens", np.int32),
             )
-        }
-        seeds = np.asarray([seed for _, seed in padded], np.uint64)
+        }  # fmt: skip
+        seeds = np.asarray([writing.seed if writing else 0 for writing in writings], np.uint64)
         key = np.stack([seeds >> np.uint64(32), seeds & np.uint64(0xFFFFFFFF)], axis=1).astype(np.uint32)
-        return decode.RowSettings(**column, stop=np.tile(np.asarray(stops, np.int32), (self.rows, 1)), key=key)
+        stop = np.tile(np.asarray(self._stops or (-1,), np.int32), (self.rows, 1))
+        history_BS = np.full((self.rows, self.max_length), -1, np.int32)
+        for row, (slot, sampling) in enumerate(zip(self._slots, samplings, strict=True)):
+            if slot.writing and sampling.repetition_penalty != 1:
+                tokens = [*self._prefix[: slot.shared], *slot.own, slot.writing.last_token]
+                history_BS[row, : len(tokens)] = tokens
+        return decode.Slots(
+            np.asarray([writing.last_token if writing else 0 for writing in writings], np.int32),
+            np.asarray([len(slot.own) for slot in self._slots], np.int32),
+            np.asarray([slot.shared for slot in self._slots], np.int32),
+            np.asarray([len(writing.tokens) if writing else 0 for writing in writings], np.int32),
+            np.asarray([writing is not None for writing in writings]),
+            RowSettings(**column, stop=stop, key=key),
+        ), history_BS
+
+    def _groups(self):
+        """The slots of each data shard."""
+        each = self.rows // self._ways
+        return [self._slots[i : i + each] for i in range(0, self.rows, each)]
+
+    def _place(self, slot: Slot) -> int:
+        """Number of a slot inside its data shard."""
+        return slot.number % (self.rows // self._ways)
+
+    def _shapes(self):
+        return self.rows, self.max_length, self._cache.prefix_room, self.dtype
 
     def _put(self, arrays):
-        return put_rows(self.mesh, arrays) if self.mesh is not None else arrays
-
-    def _sample(self, tokens, logprobs):
-        stops = stop_ids(self.model.tokenizer, self.model.config.eos_ids)
-        truncated = not (len(tokens) and int(tokens[-1]) in stops)
-        text = decode_text(self.model.tokenizer, [int(t) for t in (tokens if truncated else tokens[:-1])])
-        return Sample(text, [int(t) for t in tokens], [float(x) for x in logprobs], truncated)
+        return arrays if self.mesh is None else put_global_rows(self.mesh, arrays)
 
 
 def bucket(size: int, smallest: int) -> int:
-    """The step of the ladder (powers of two from `smallest`) that holds `size`."""
+    """The step of a ladder (powers of two from `smallest`) that holds `size`."""
     step = smallest
     while step < size:
         step *= 2
     return step
 
 
-def _batches(requests, rows):
-    return [requests[i : i + rows] for i in range(0, len(requests), rows)]
+def _only(request) -> Row:
+    """A row that asks once and returns the answer."""
+    return (yield request)
 
 
-def _left_padded(rows_of_tokens, rows, length):
-    tokens_BT = np.zeros((rows, length), np.int32)
-    mask_BT = np.zeros((rows, length), bool)
-    for row, tokens in enumerate(rows_of_tokens):
-        tokens_BT[row, length - len(tokens) :] = tokens
-        mask_BT[row, length - len(tokens) :] = True
-    return tokens_BT, mask_BT
+def _on_host(array) -> np.ndarray:
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    from jax.experimental import multihost_utils
 
-
-def _pack_options(rows_of_options, rows, room):
-    """All options of a row side by side, each a segment of its own."""
-    packed = {name: np.zeros((rows, room), np.int32) for name in ("tokens", "segment", "offset")}
-    for row, options in enumerate(rows_of_options):
-        lengths = [len(option) for option in options]
-        end = sum(lengths)
-        packed["tokens"][row, :end] = np.concatenate(options)
-        packed["segment"][row, :end] = np.repeat(np.arange(1, len(options) + 1), lengths)
-        packed["offset"][row, :end] = np.concatenate([np.arange(n) for n in lengths])
-    return packed
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))

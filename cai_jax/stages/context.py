@@ -92,7 +92,7 @@ class Context:
             rows=self.config.sampler.rows,
             dtype=self.config.model.compute_dtype,
             mesh=self.mesh if self.mesh.devices.size > 1 else None,
-            smallest_bucket=self.config.sampler.smallest_bucket,
+            prefill_tokens=self.config.sampler.prefill_tokens,
             programs=self.programs,
         )
 

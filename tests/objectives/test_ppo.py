@@ -228,3 +228,21 @@ def test_masks_may_be_bool_or_numbers(dtype):
     want, _ = ppo.policy_loss(new, old, advantages, MASK_BT.astype(bool), 0.2)
     got, _ = ppo.policy_loss(new, old, advantages, MASK_BT.astype(dtype), 0.2)
     assert float(got) == float(want)
+
+
+# shapes
+
+
+def test_arrays_that_would_broadcast_are_refused():
+    """A score a token, a value a row or transposed rewards would give a number, of something else."""
+    x_BT, y_BT = arrays(2)
+    wrong = [
+        lambda: ppo.kl(x_BT, y_BT[:, :1], "k1"),
+        lambda: ppo.rewards(x_BT[:, :1], y_BT, MASK_BT, 0.1),
+        lambda: ppo.advantages(x_BT, y_BT[:1], MASK_BT, 1.0, 0.95),
+        lambda: ppo.policy_loss(x_BT, y_BT, y_BT[:1], MASK_BT, 0.2),
+        lambda: ppo.value_loss(x_BT, y_BT, y_BT[0], MASK_BT, 0.2),
+    ]
+    for call in wrong:
+        with pytest.raises(AssertionError):
+            call()

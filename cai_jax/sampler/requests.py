@@ -1,0 +1,47 @@
+"""What a row may ask of the sampler, and what it gets back."""
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cai_jax.config import Sampling
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Ask for the next assistant turn of a conversation (a list of {role, content}); answered by a `Sample`.
+
+    `seed` is the row key, 64 bits: with conversation and settings it decides the text.
+    """
+
+    conversation: Sequence
+    sampling: Sampling = Sampling()
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Score:
+    """Ask for the log-probs of options, each as the next text of a conversation, at temperature 1.
+
+    Answered by a list with an array a option: the log-prob of each of its tokens. An option is a text, or a list of
+    token ids. A conversation that ends with an assistant turn is continued inside that turn.
+    """
+
+    conversation: Sequence
+    options: Sequence
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One completion. `tokens` and `logprobs` include the stop token; `truncated` says that there was none."""
+
+    text: str
+    tokens: list[int]
+    logprobs: list[float]
+    truncated: bool
+
+
+# The program of one row: it yields requests, is sent their answers, and returns whatever the row comes to.
+Row = Generator[Generate | Score, Sample | list[np.ndarray], Any]
