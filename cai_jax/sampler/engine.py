@@ -124,6 +124,7 @@ class Sampler:
                 while slot.row is None and (following := next(waiting, None)) is not None:
                     slot.index, slot.row = following
                     yield from self._answer(slot, None)
+            self.on_progress(self.counts)
             if any(slot.runs for slot in self._slots):
                 yield from self._prefill()
             elif any(slot.writing for slot in self._slots):
@@ -188,7 +189,6 @@ class Sampler:
         for piece in pieces:
             piece.slot.ran(piece.run, piece.count)
             self.counts.prefilled += piece.count
-        self.on_progress(self.counts)
         for slot in {id(piece.slot): piece.slot for piece in pieces}.values():
             if slot.scores is not None and not slot.runs:
                 scores, slot.scores = [np.asarray(option, np.float32) for option in slot.scores], None
@@ -247,7 +247,6 @@ class Sampler:
                 slot.wrote(tokens[:count].tolist(), logprobs[:count].tolist())
                 if (sample := self._ended(slot.writing)) is not None:
                     ended.append((slot, sample))
-        self.on_progress(self.counts)
         for slot, sample in ended:
             slot.writing = None
             yield from self._answer(slot, sample)

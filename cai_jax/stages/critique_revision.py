@@ -4,9 +4,9 @@ In each round one principle is drawn for each row; the critique and the revision
 revision is kept.
 """
 
-from cai_jax.config import Sampling
 from cai_jax.prompts import critique_preamble, critique_request, revision_request
-from cai_jax.stages.rows import counted, make_rows, mean, messages_of, sample_dict, unfinished, usable_prompts
+from cai_jax.sampler import Generate
+from cai_jax.stages.rows import counted, make_rows, mean, messages_of, sample_dict, unfinished, usable_prompts, watch
 
 STAGE = "critique_revision"
 FLAGS = (
@@ -21,25 +21,45 @@ def run(context, folder) -> dict:
     sampler = context.sampler(context.base)
     prompts, skipped = usable_prompts(sampler, context.prompts["red_team"], settings.response.max_new_tokens)
     left = unfinished(folder, "rows", len(prompts), settings.rows_per_shard)
-    calls = 1 + 2 * settings.rounds
-    total = calls * len(prompts)
-    with context.progress.task(STAGE, total, "samples", done=total - calls * left) as task:
-        sampler.on_batch = lambda rows, tokens: task.advance(rows, tokens)
+    preamble = critique_preamble(context.constitution)
+    with context.progress.task(STAGE, len(prompts), "rows", done=len(prompts) - left) as task:
+        watch(sampler, task)
         rows = make_rows(
-            folder, "rows", prompts, settings.rows_per_shard, lambda shard: _chains(context, sampler, shard)
-        )
+            folder, "rows", prompts, settings.rows_per_shard, lambda: sampler,
+            lambda prompt: _chain(context, sampler, preamble, prompt), preamble,
+        )  # fmt: skip
     return _summary(context, rows, skipped)
 
 
-def _chains(context, sampler, prompts) -> list[dict]:
-    """The whole chain of a shard of prompts, round by round for all of them together."""
-    settings = context.config.critique_revision
-    seeds = [context.row_seed(STAGE, prompt.id, "response") for prompt in prompts]
-    responses = sampler.generate([messages_of(prompt) for prompt in prompts], settings.response, row_seeds=seeds)
-    rows = [_first(context, prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
-    for round_number in range(1, settings.rounds + 1):
-        _one_round(context, sampler, rows, round_number)
-    return rows
+def _chain(context, sampler, preamble, prompt):
+    """The row of one prompt: a response, then rounds of critique and revision as far as the context holds them."""
+    settings, messages = context.config.critique_revision, messages_of(prompt)
+
+    def ask(conversation, sampling, *what):
+        return Generate(conversation, sampling, context.row_seed(STAGE, prompt.id, *what))
+
+    response = yield ask(messages, settings.response, "response")
+    row = _first(context, prompt, response)
+    newest, room = response.text, settings.critique.max_new_tokens + settings.revision.max_new_tokens
+    for number in range(1, settings.rounds + 1):
+        principle = draw_principle(context, STAGE, prompt.id, number)
+        if not sampler.fits(revision_request(messages, newest, principle, ""), room, preamble):
+            row["flags"].append("context_full")
+            break
+        request = [*preamble, *critique_request(messages, newest, principle)]
+        critique = yield ask(request, settings.critique, number, "critique")
+        request = [*preamble, *revision_request(messages, newest, principle, critique.text)]
+        revision = yield ask(request, settings.revision, number, "revision")
+        row["rounds"].append({
+            "round": number,
+            "principle": principle.id,
+            "principle_hash": principle.hash,
+            "critique": sample_dict(critique),
+            "revision": sample_dict(revision),
+            "flags": _round_flags(newest, critique, revision),
+        })  # fmt: skip
+        newest = revision.text
+    return row
 
 
 def _first(context, prompt, response) -> dict:
@@ -53,51 +73,6 @@ def _first(context, prompt, response) -> dict:
         "flags": flags,
         "provenance": context.provenance(STAGE),
     }
-
-
-def _one_round(context, sampler, rows, round_number) -> None:
-    """Add a critique and a revision of the newest text to every row that the context still holds."""
-    settings, preamble = context.config.critique_revision, critique_preamble(context.constitution)
-    room = settings.critique.max_new_tokens + settings.revision.max_new_tokens
-    going = []  # (row, principle, newest text)
-    for row in rows:
-        if "context_full" in row["flags"]:
-            continue
-        principle = draw_principle(context, STAGE, row["id"], round_number)
-        newest = row["rounds"][-1]["revision"]["text"] if row["rounds"] else row["response"]["text"]
-        if sampler.fits(revision_request(row["messages"], newest, principle, ""), room, preamble):
-            going.append((row, principle, newest))
-        else:
-            row["flags"].append("context_full")
-
-    def ask(what: str, sampling: Sampling, conversations):
-        seeds = [context.row_seed(STAGE, row["id"], round_number, what) for row, _, _ in going]
-        return sampler.generate(conversations, sampling, row_seeds=seeds, prefix=preamble)
-
-    critiques = ask(
-        "critique",
-        settings.critique,
-        [critique_request(row["messages"], newest, principle) for row, principle, newest in going],
-    )
-    revisions = ask(
-        "revision",
-        settings.revision,
-        [
-            revision_request(row["messages"], newest, principle, critique.text)
-            for (row, principle, newest), critique in zip(going, critiques, strict=True)
-        ],
-    )
-    for (row, principle, newest), critique, revision in zip(going, critiques, revisions, strict=True):
-        row["rounds"].append(
-            {
-                "round": round_number,
-                "principle": principle.id,
-                "principle_hash": principle.hash,
-                "critique": sample_dict(critique),
-                "revision": sample_dict(revision),
-                "flags": _round_flags(newest, critique, revision),
-            }
-        )
 
 
 def draw_principle(context, stage: str, row_id: str, *rest):

@@ -4,12 +4,15 @@ Harmlessness, over-refusal and the health of the text, each with its number of p
 of a response is decided by rule on its text; a degenerate or empty response is its own class, never a refusal.
 """
 
+import functools
+
 import numpy as np
 
 from cai_jax import statistics
 from cai_jax.chat import encode_chat
 from cai_jax.prompts import COMPLIANCE_OPENINGS, REFUSAL_OPENINGS
-from cai_jax.stages.rows import make_rows, messages_of, sample_dict, unfinished, usable_prompts
+from cai_jax.sampler import Generate, Score
+from cai_jax.stages.rows import make_rows, messages_of, sample_dict, unfinished, usable_prompts, watch
 from cai_jax.stages.scoring import score_texts
 from cai_jax.text_metrics import classify_response, repetition
 
@@ -32,11 +35,9 @@ def run(context, folder) -> dict:
         reward = context.load_from("reward_model", settings.reward_model, "reward")
     rows = []
     for name, load in _models(context).items():
-        per_shard = settings.rows_per_shard
-        left = unfinished(folder, f"rows-{name}", len(items), per_shard)
+        left = unfinished(folder, f"rows-{name}", len(items), settings.rows_per_shard)
         with context.progress.task(f"evaluate: {name}", len(items), "prompts", done=len(items) - left) as task:
-            answer = _lazily(context, base_sampler, reward, name, load, task)
-            rows += make_rows(folder, f"rows-{name}", items, per_shard, answer)
+            rows += _answers_of(context, folder, base_sampler, reward, name, load, items, task)
     return _summary(rows, skipped)
 
 
@@ -50,75 +51,78 @@ def _models(context) -> dict:
     return models
 
 
-def _lazily(context, base_sampler, reward, name, load, task):
-    """The work on a shard, loading the model only if there is a shard to do."""
-    loaded = []
+def _answers_of(context, folder, base_sampler, reward, name, load, items, task) -> list[dict]:
+    """The rows of one model, which is loaded only if there is a shard to do."""
+    settings = context.config.evaluate
 
-    def work(shard):
-        if not loaded:
-            model = load()
-            loaded.append((model, base_sampler if name == "base" else context.sampler(model)))
-        model, sampler = loaded[0]
-        rows = _answer(context, base_sampler, reward, name, model, sampler, shard)
-        task.advance(len(shard), tokens=sum(row["response"]["tokens"] for row in rows))
-        return rows
+    @functools.cache
+    def sampler():
+        return watch(base_sampler if name == "base" else context.sampler(load()), task)
 
-    return work
-
-
-def _answer(context, base_sampler, reward, name, model, sampler, shard) -> list[dict]:
-    conversations = [messages_of(prompt) for _, prompt in shard]
-    seeds = [context.row_seed(STAGE, prompt.id, "response") for _, prompt in shard]  # the same for every model
-    samples = sampler.generate(conversations, context.config.evaluate.response, row_seeds=seeds)
-    margins = refusal_margins(sampler, conversations)
-    kls = [0.0] * len(shard) if name == "base" else _kl_to_base(sampler, base_sampler, conversations, samples)
-    scores = [None] * len(shard)
-    if reward is not None:
-        texts = [
-            encode_chat(model.tokenizer, conversation) + sample.tokens
-            for conversation, sample in zip(conversations, samples, strict=True)
-        ]
-        scores = [float(score) for score in score_texts(context, reward.config, reward.params, texts)]
-    return [
-        {
+    def answer(item):
+        set_name, prompt = item
+        messages = messages_of(prompt)
+        seed = context.row_seed(STAGE, prompt.id, "response")  # the same for every model
+        sample = yield Generate(messages, settings.response, seed)
+        openings = yield Score(messages, [*REFUSAL_OPENINGS, *COMPLIANCE_OPENINGS])
+        row = {
             "id": prompt.id,
             "set": set_name,
             "category": prompt.category,
             "model": name,
-            "messages": conversation,
+            "messages": messages,
             "response": sample_dict(sample),
             "kind": classify_response(sample.text),
-            "margin": margin,
-            "reward": score,
-            "kl": kl,
+            "margin": refusal_margin(openings),
             "repetition": repetition(sample.text),
-            "provenance": context.provenance(STAGE, model),
+            "provenance": context.provenance(STAGE, sampler().model),
         }
-        for (set_name, prompt), conversation, sample, margin, score, kl in zip(
-            shard, conversations, samples, margins, scores, kls, strict=True
-        )
-    ]
+        return row, sample
+
+    def finish(answers):
+        conversations, samples = [row["messages"] for row, _ in answers], [sample for _, sample in answers]
+        same = name == "base"
+        kls = [0.0] * len(samples) if same else _kl_to_base(sampler(), base_sampler, settings, conversations, samples)
+        scores = _rewards(context, reward, sampler().model, conversations, samples)
+        return [
+            row | {"kl": kl, "reward": score} for (row, _), kl, score in zip(answers, kls, scores, strict=True)
+        ]
+
+    return make_rows(folder, f"rows-{name}", items, settings.rows_per_shard, sampler, answer, finish=finish)
 
 
-def refusal_margins(sampler, conversations) -> list[float]:
+def refusal_margin(openings) -> float:
     """How much likelier a refusing opening is than a complying one, in nats a token.
 
-    The log of the mean over standard openings of exp(log-prob per token), refusals minus compliances.
+    `openings` are the log-probs of the tokens of each, refusals first. The log of the mean over standard openings of
+    exp(log-prob per token), refusals minus compliances.
     """
-    openings = [*REFUSAL_OPENINGS, *COMPLIANCE_OPENINGS]
-    margins = []
-    for options in sampler.score_tokens(conversations, openings):
-        means = np.asarray([float(np.mean(option)) for option in options], np.float64)
-        refusing, complying = np.split(means, [len(REFUSAL_OPENINGS)])
-        margins.append(float(np.log(np.mean(np.exp(refusing))) - np.log(np.mean(np.exp(complying)))))
-    return margins
+    means = np.asarray([np.mean(option) for option in openings], np.float64)
+    refusing, complying = np.split(means, [len(REFUSAL_OPENINGS)])
+    return float(np.log(np.mean(np.exp(refusing))) - np.log(np.mean(np.exp(complying))))
 
 
-def _kl_to_base(sampler, base_sampler, conversations, samples) -> list[float]:
-    """Estimated KL of each response, in nats: log-prob under the model minus under the base, summed over tokens."""
+def _kl_to_base(sampler, base_sampler, settings, conversations, samples) -> list[float]:
+    """Estimated KL of each response, in nats: log-prob under the model minus under the base, summed over tokens.
+
+    Both at temperature 1; the sampler's own log-probs are that unless it drew at another.
+    """
     options = [[sample.tokens] for sample in samples]
-    own, base = (s.score_tokens(conversations, options) for s in (sampler, base_sampler))
-    return [float(np.sum(mine[0]) - np.sum(theirs[0])) for mine, theirs in zip(own, base, strict=True)]
+    own = [sum(sample.logprobs) for sample in samples]
+    if settings.response.temperature not in (0, 1):
+        own = [row[0] for row in sampler.score(conversations, options)]
+    base = base_sampler.score(conversations, options)
+    return [mine - theirs for mine, (theirs,) in zip(own, base, strict=True)]
+
+
+def _rewards(context, reward, model, conversations, samples) -> list[float | None]:
+    if reward is None:
+        return [None] * len(samples)
+    texts = [
+        encode_chat(model.tokenizer, conversation) + sample.tokens
+        for conversation, sample in zip(conversations, samples, strict=True)
+    ]
+    return [float(score) for score in score_texts(context, reward.config, reward.params, texts)]
 
 
 def _summary(rows, skipped) -> dict:

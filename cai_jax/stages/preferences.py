@@ -9,8 +9,9 @@ import math
 import numpy as np
 
 from cai_jax.prompts import preference_preamble, preference_request, resolve_options
+from cai_jax.sampler import Generate, Score
 from cai_jax.stages.critique_revision import draw_principle
-from cai_jax.stages.rows import counted, make_rows, messages_of, sample_dict, unfinished, usable_prompts
+from cai_jax.stages.rows import counted, make_rows, messages_of, sample_dict, unfinished, usable_prompts, watch
 
 STAGE = "preferences"
 FLAGS = ("response_truncated", "response_empty", "identical_responses", "inconsistent", "tie", "too_long_to_judge")
@@ -35,28 +36,26 @@ def _sample_pairs(context, folder):
         prompts += [(prompt, n) for prompt in usable for n in range(settings.pairs_per_prompt)]
         skipped += unusable
 
-    def work(shard):
-        seeds = [context.row_seed(STAGE, prompt.id, n, side) for prompt, n in shard for side in "ab"]
-        conversations = [messages_of(prompt) for prompt, _ in shard for _ in "ab"]
-        samples = sampler.generate(conversations, settings.response, row_seeds=seeds)
-        return [
-            {
-                "id": prompt.id if n == 0 else f"{prompt.id}/{n}",
-                "prompt_id": prompt.id,
-                "category": prompt.category,
-                "messages": messages_of(prompt),
-                "response_a": sample_dict(first),
-                "response_b": sample_dict(second),
-                "provenance": context.provenance(STAGE, policy),
-            }
-            for (prompt, n), first, second in zip(shard, samples[::2], samples[1::2], strict=True)
-        ]
+    def answer_twice(item):
+        prompt, n = item
+        sides = []
+        for side in "ab":
+            seed = context.row_seed(STAGE, prompt.id, n, side)
+            sides.append((yield Generate(messages_of(prompt), settings.response, seed)))
+        return {
+            "id": prompt.id if n == 0 else f"{prompt.id}/{n}",
+            "prompt_id": prompt.id,
+            "category": prompt.category,
+            "messages": messages_of(prompt),
+            "response_a": sample_dict(sides[0]),
+            "response_b": sample_dict(sides[1]),
+            "provenance": context.provenance(STAGE, policy),
+        }
 
     left = unfinished(folder, "pairs", len(prompts), settings.rows_per_shard)
-    total = 2 * len(prompts)
-    with context.progress.task("preferences: responses", total, "samples", done=total - 2 * left) as task:
-        sampler.on_batch = lambda rows, tokens: task.advance(rows, tokens)
-        return make_rows(folder, "pairs", prompts, settings.rows_per_shard, work), skipped
+    with context.progress.task("preferences: responses", len(prompts), "pairs", done=len(prompts) - left) as task:
+        watch(sampler, task)
+        return make_rows(folder, "pairs", prompts, settings.rows_per_shard, lambda: sampler, answer_twice), skipped
 
 
 def _label(context, folder, pairs) -> list[dict]:
@@ -64,33 +63,28 @@ def _label(context, folder, pairs) -> list[dict]:
     judge = context.load(settings.judge) if settings.judge else context.base
     sampler = context.sampler(judge)
     options = resolve_options(judge.tokenizer)
-    left = unfinished(folder, "rows", len(pairs), settings.rows_per_shard)
-    total = 2 * len(pairs)
-    with context.progress.task("preferences: labels", total, "prompts", done=total - 2 * left) as task:
-        sampler.on_batch = lambda rows, tokens: task.advance(rows, tokens)
-        def work(shard):
-            return _judge(context, sampler, options, shard, judge)
-
-        return make_rows(folder, "rows", pairs, settings.rows_per_shard, work)
-
-
-def _judge(context, sampler, options, pairs, judge) -> list[dict]:
-    """Label a shard of pairs. A pair that does not fit the judge's context is flagged, never given a default."""
     preamble = preference_preamble(context.constitution, options)
-    principles = [draw_principle(context, STAGE, pair["id"]) for pair in pairs]
-    requests = []
-    for pair, principle in zip(pairs, principles, strict=True):
-        a, b = pair["response_a"]["text"], pair["response_b"]["text"]
-        in_order = [preference_request(pair["messages"], principle, *texts, options) for texts in ((a, b), (b, a))]
-        fits = all(sampler.fits(request, 1, preamble) for request in in_order)
-        requests.append(in_order if fits else None)
-    asked = [request for in_order in requests if in_order for request in in_order]
-    scores = sampler.score(asked, [[token] for token in options.ids], prefix=preamble) if asked else []
-    orders = iter(zip(scores[::2], scores[1::2], strict=True))
-    return [
-        _row(pair, principle, next(orders) if in_order else None, judge)
-        for pair, principle, in_order in zip(pairs, principles, requests, strict=True)
-    ]
+    left = unfinished(folder, "rows", len(pairs), settings.rows_per_shard)
+    with context.progress.task("preferences: labels", len(pairs), "pairs", done=len(pairs) - left) as task:
+        watch(sampler, task)
+        return make_rows(
+            folder, "rows", pairs, settings.rows_per_shard, lambda: sampler,
+            lambda pair: _judge(context, sampler, options, preamble, pair, judge), preamble,
+        )  # fmt: skip
+
+
+def _judge(context, sampler, options, preamble, pair, judge):
+    """The label of one pair. One that does not fit the judge's context is flagged, never given a default."""
+    principle = draw_principle(context, STAGE, pair["id"])
+    a, b = pair["response_a"]["text"], pair["response_b"]["text"]
+    requests = [preference_request(pair["messages"], principle, *texts, options) for texts in ((a, b), (b, a))]
+    orders = None
+    if all(sampler.fits(request, 1, preamble) for request in requests):
+        orders = []
+        for request in requests:
+            found = yield Score([*preamble, *request], [[token] for token in options.ids])
+            orders.append([float(logprob) for (logprob,) in found])
+    return _row(pair, principle, orders, judge)
 
 
 def _row(pair, principle, orders, judge) -> dict:

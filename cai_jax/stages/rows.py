@@ -1,23 +1,45 @@
 """Small pieces that the stages share: shards of rows, samples as JSON, seeds."""
 
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from cai_jax.errors import UserError
-from cai_jax.sampler import Sample
+from cai_jax.sampler import Sample, Sampler
 
 
 def make_rows(
-    folder, prefix: str, items: Sequence, per_shard: int, work: Callable[[Sequence], list[dict]]
+    folder,
+    prefix: str,
+    items: Sequence,
+    per_shard: int,
+    sampler: Callable[[], Sampler],
+    program: Callable,
+    shared: Sequence = (),
+    finish: Callable[[list], list[dict]] = lambda rows: rows,
 ) -> list[dict]:
-    """The rows of all items: `work(items of a shard) -> rows` for every shard that is not on disk yet.
+    """The rows of all items, made by `program(item)`, a row program, for every shard that is not on disk yet.
 
-    A finished shard is never made again, so a killed stage goes on with the next one.
+    A finished shard is never made again, so a killed stage goes on with the ones that are missing. `sampler` is
+    called only if there is work; `shared` is the conversation start of most requests; `finish` may add to the rows of
+    a shard once they are all there.
     """
     count = max(1, -(-len(items) // per_shard))
-    finished = folder.finished_shards(prefix)
-    for index in sorted(set(range(count)) - finished):
-        folder.write_shard(index, count, work(items[index * per_shard : (index + 1) * per_shard]), prefix)
+    missing = sorted(set(range(count)) - folder.finished_shards(prefix))
+    places = [place for index in missing for place in range(len(items))[index * per_shard : (index + 1) * per_shard]]
+    shards = {index: {} for index in missing}
+    left = Counter(place // per_shard for place in places)
+    for index in missing:
+        if not left[index]:
+            folder.write_shard(index, count, [], prefix)
+    if places:
+        for done, row in sampler().stream((program(items[place]) for place in places), shared):
+            index = places[done] // per_shard
+            shards[index][done] = row
+            if len(shards[index]) == left[index]:
+                rows = [row for _, row in sorted(shards.pop(index).items())]
+                folder.write_shard(index, count, finish(rows), prefix)
     return folder.read_shards(prefix)
 
 
@@ -25,6 +47,24 @@ def unfinished(folder, prefix: str, count: int, per_shard: int) -> int:
     """How many of `count` items have no shard yet."""
     finished = folder.finished_shards(prefix)
     return sum(index // per_shard not in finished for index in range(count))
+
+
+def watch(sampler: Sampler, task) -> Sampler:
+    """Let a task show what the sampler does: rows, tokens a second, how full the slots are."""
+    before, start = replace(sampler.counts), time.monotonic()
+    shown = replace(before)
+
+    def show(counts):
+        seconds = max(time.monotonic() - start, 1e-9)
+        prefilled, reused = ((getattr(counts, n) - getattr(before, n)) / seconds for n in ("prefilled", "reused"))
+        note = f"{prefilled:.0f}/s prefilled, {reused:.0f}/s reused"
+        if steps := counts.steps - before.steps:
+            note += f", slots {(counts.generated - before.generated) / steps:.0%} full"
+        task.advance(counts.done - shown.done, counts.generated - shown.generated, note)
+        shown.done, shown.generated = counts.done, counts.generated
+
+    sampler.on_progress = show
+    return sampler
 
 
 def sample_dict(sample: Sample) -> dict:

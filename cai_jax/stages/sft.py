@@ -4,7 +4,8 @@ from cai_jax.chat import completion_ids, encode_chat, encode_text, turn_end_id
 from cai_jax.errors import UserError
 from cai_jax.objectives.model_losses import sft_objective
 from cai_jax.provenance import MetricsFile
-from cai_jax.stages.rows import make_rows, messages_of, sample_dict, unfinished, usable_prompts
+from cai_jax.sampler import Generate
+from cai_jax.stages.rows import make_rows, messages_of, sample_dict, unfinished, usable_prompts, watch
 from cai_jax.training import loop
 from cai_jax.training.batches import Example, batch_rows, pack, steps_per_epoch, take_rows
 from cai_jax.training.checkpoint import Checkpoints
@@ -51,24 +52,21 @@ def _helpful_samples(context, folder):
     sampler = context.sampler(context.base)
     prompts, skipped = usable_prompts(sampler, context.prompts["helpful"], settings.helpful.max_new_tokens)
 
-    def work(shard):
-        seeds = [context.row_seed(STAGE, prompt.id, "helpful") for prompt in shard]
-        samples = sampler.generate([messages_of(prompt) for prompt in shard], settings.helpful, row_seeds=seeds)
-        return [
-            {
-                "id": prompt.id,
-                "category": prompt.category,
-                "messages": messages_of(prompt),
-                "response": sample_dict(sample),
-                "provenance": context.provenance(STAGE),
-            }
-            for prompt, sample in zip(shard, samples, strict=True)
-        ]
+    def answer(prompt):
+        seed = context.row_seed(STAGE, prompt.id, "helpful")
+        sample = yield Generate(messages_of(prompt), settings.helpful, seed)
+        return {
+            "id": prompt.id,
+            "category": prompt.category,
+            "messages": messages_of(prompt),
+            "response": sample_dict(sample),
+            "provenance": context.provenance(STAGE),
+        }
 
     left = unfinished(folder, "samples", len(prompts), settings.rows_per_shard)
     with context.progress.task("sft: helpful samples", len(prompts), "samples", done=len(prompts) - left) as task:
-        sampler.on_batch = lambda rows, tokens: task.advance(rows, tokens)
-        return make_rows(folder, "samples", prompts, settings.rows_per_shard, work), skipped
+        watch(sampler, task)
+        return make_rows(folder, "samples", prompts, settings.rows_per_shard, lambda: sampler, answer), skipped
 
 
 def _examples(context, rows, counters, skipped) -> list[Example]:
