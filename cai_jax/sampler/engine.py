@@ -255,12 +255,13 @@ class Sampler:
         """The sample, if a stop token, a stop string or the limit has ended it."""
         tokens, sampling = writing.tokens, writing.sampling
         stopped = tokens[-1] in self._stops
+        ended = stopped or len(tokens) >= sampling.max_new_tokens
+        if not ended and not sampling.stop:
+            return None
         text = decode_text(self.model.tokenizer, tokens[:-1] if stopped else tokens)
         if any(stop in text for stop in sampling.stop):
             return self._cut(writing)
-        if not stopped and len(tokens) < sampling.max_new_tokens:
-            return None
-        return Sample(text, list(tokens), list(writing.logprobs), truncated=not stopped)
+        return Sample(text, list(tokens), list(writing.logprobs), truncated=not stopped) if ended else None
 
     def _cut(self, writing: Writing) -> Sample:
         """The sample up to the first token that completes a stop string; its text ends before that string."""
@@ -271,16 +272,8 @@ class Sampler:
         raise AssertionError("the stop string was there")
 
     def _share(self, messages) -> None:
-        """Run a conversation start once and make it the shared prefix.
-
-        Without messages it is what the template writes before the first text of a user: often a system turn.
-        """
-        if messages:
-            tokens = encode_chat(self.model.tokenizer, list(messages), add_generation_prompt=False)
-        else:
-            probes = [self._encode([{"role": "user", "content": text}]) for text in ("a", "0")]
-            tokens = os.path.commonprefix(probes)
-        tokens = tokens if self.reuse else []
+        """Run a conversation start once and make it the shared prefix."""
+        tokens = self._prefix_tokens(messages) if self.reuse else []
         if self._cache is not None and tokens == self._prefix:
             return
         room = -(-len(tokens) // BLOCK) * BLOCK
@@ -299,6 +292,13 @@ class Sampler:
             self.counts.prefilled += len(tokens)
             self.programs.add(("share", *self._shapes()))
             self._cache = decode.share(self.mesh, self._cache, room)
+
+    def _prefix_tokens(self, messages) -> list[int]:
+        """Without messages it is what the template writes before the first text of a user: often a system turn."""
+        if messages:
+            return encode_chat(self.model.tokenizer, list(messages), add_generation_prompt=False)
+        probes = [self._encode([{"role": "user", "content": text}]) for text in ("a", "0")]
+        return os.path.commonprefix(probes)
 
     # ---- host arrays
 

@@ -1,0 +1,189 @@
+"""The jitted programs, driven by the engine on token ids: against transformers, the full forward pass, and themselves."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cai_jax import Sampler, Sampling, load_model
+from cai_jax.models.byte_tokenizer import byte_tokenizer
+from cai_jax.models.transformer import forward
+from cai_jax.sampler import Generate, Score, decode
+
+FAMILIES = (
+    "llama_tied", "llama_untied_rope3", "mistral_swa", "qwen2", "qwen3", "gemma2", "gemma3_text", "gemma3_linear",
+)  # fmt: skip
+
+
+class OnTokens(Sampler):
+    """A sampler whose conversations and prefixes are token ids already."""
+
+    def _encode(self, conversation):
+        return list(conversation)
+
+    def _prefix_tokens(self, messages):
+        return list(messages)
+
+
+def on_tokens(folder, **options):
+    model = dataclasses.replace(load_model(folder), tokenizer=byte_tokenizer())
+    return OnTokens(model, **dict(max_length=128, rows=8, ignore_stops=True) | options)
+
+
+def prompts_of(io):
+    return [ids[mask > 0].tolist() for ids, mask in zip(io["left_ids"], io["left_mask"], strict=True)]
+
+
+def logprobs_after(model, tokens, temperature=1.0):
+    """`[T, V]` of every next token, by the full forward pass."""
+    return np.asarray(jax.nn.log_softmax(forward(model.config, model.params, jnp.asarray([tokens]))[0] / temperature))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_tokens_equal_those_of_transformers(oracles, family):
+    io = np.load(oracles / family / "io.npz")
+    sampler = on_tokens(oracles / family)
+    samples = sampler.generate(prompts_of(io), Sampling(temperature=0.0, max_new_tokens=16))
+    np.testing.assert_array_equal([sample.tokens for sample in samples], io["greedy_left_new"])
+
+
+@pytest.mark.parametrize("family", ["llama_tied", "mistral_swa", "gemma2", "gemma3_text"])
+def test_long_rows_over_many_blocks_and_a_prefix(oracles, family):
+    """More tokens than a block and than any window, on a shared prefix longer than a window."""
+    sampler = on_tokens(oracles / family, max_length=256)
+    rng = np.random.default_rng(0)
+    prefix = rng.integers(3, 120, 37).tolist()
+    rows = [prefix + rng.integers(3, 120, n).tolist() for n in (1, 30, 90)]
+    asked = [Generate(row, Sampling(max_new_tokens=40), seed=n) for n, row in enumerate(rows)]
+    for row, sample in zip(rows, sampler.run(map(only, asked), prefix), strict=True):
+        expected = logprobs_after(sampler.model, row + sample.tokens)[len(row) - 1 : -1]
+        np.testing.assert_allclose(sample.logprobs, expected[np.arange(40), sample.tokens], atol=1e-4)
+    assert sampler.counts.reused == 3 * len(prefix)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_log_probs_of_sampled_tokens_are_those_of_a_full_forward_pass(oracles, temperature):
+    io = np.load(oracles / "llama_tied" / "io.npz")
+    sampler = on_tokens(oracles / "llama_tied")
+    prompts = prompts_of(io)
+    samples = sampler.generate(prompts, Sampling(temperature=temperature, top_p=0.9, max_new_tokens=16))
+    for prompt, sample in zip(prompts, samples, strict=True):
+        expected = logprobs_after(sampler.model, prompt + sample.tokens, temperature)[len(prompt) - 1 : -1]
+        np.testing.assert_allclose(sample.logprobs, expected[np.arange(16), sample.tokens], atol=1e-4)
+
+
+def test_options_are_scored_as_if_each_stood_alone(oracles):
+    """Of one token and of many, more than one pass holds, with common first tokens and twice the same."""
+    sampler = on_tokens(oracles / "llama_tied", prefill_tokens=16)
+    rng = np.random.default_rng(1)
+    prompt = rng.integers(3, 120, 21).tolist()
+    options = [rng.integers(3, 120, n).tolist() for n in (1, 2, 40, 3)] + [[n] for n in range(3, 23)]
+    options += [[5, 6], [5, 7], [5, 6]]
+    (scores,) = sampler.score_tokens([prompt], options)
+    for option, got in zip(options, scores, strict=True):
+        expected = logprobs_after(sampler.model, prompt + option)[len(prompt) - 1 : -1]
+        np.testing.assert_allclose(got, expected[np.arange(len(option)), option], atol=1e-4)
+
+
+def test_the_repetition_penalty_sees_prompt_prefix_and_completion(oracles):
+    """A penalty so strong that nothing seen is drawn again."""
+    sampler = on_tokens(oracles / "llama_tied", max_length=64)
+    prompt = list(range(3, 40))
+    strong = Sampling(temperature=0.0, repetition_penalty=1e6, max_new_tokens=20)
+    for prefix in ((), prompt[:30]):
+        (sample,) = sampler.run([only(Generate(prompt, strong))], prefix)
+        tokens = sample.tokens
+        logits = np.asarray(forward(sampler.model.config, sampler.model.params, jnp.asarray([prompt + tokens])))[0]
+        for i, token in enumerate(tokens):
+            row, seen = logits[len(prompt) - 1 + i].copy(), prompt + tokens[:i]
+            row[seen] = np.where(row[seen] > 0, row[seen] / 1e6, row[seen] * 1e6)
+            assert token == row.argmax()
+
+
+def test_settings_are_traced_and_programs_are_few(oracles):
+    sampler = on_tokens(oracles / "llama_tied", max_length=96)
+    for n in (3, 40):
+        sampler.generate([list(range(n))], Sampling(max_new_tokens=4))
+    before = decode.decode._cache_size(), decode.prefill._cache_size()
+    for sampling in (
+        Sampling(temperature=0.3), Sampling(top_k=4), Sampling(top_p=0.5), Sampling(max_new_tokens=3),
+        Sampling(min_p=0.2), Sampling(temperature=0.0), Sampling(repetition_penalty=1.5),
+    ):  # fmt: skip
+        sampler.generate([[3] * n for n in (1, 20, 32)], sampling)
+    sampler.score([[3, 4]], [[5, 6], [7]])
+    assert (decode.decode._cache_size(), decode.prefill._cache_size()) == before
+    assert len(sampler.programs) == 2
+
+
+def only(request):
+    return (yield request)
+
+
+def chains(prefix, rng):
+    """Rows that extend, rewind, leave and come back to the prefix, and score in between."""
+
+    def chain(n):
+        few = Sampling(max_new_tokens=9 + n % 5)
+        prompt = rng_tokens[n]
+        draft = yield Generate(prompt, few, seed=n)
+        request = [*prefix, *prompt, *draft.tokens, 7, 8]
+        critique = yield Generate(request, few, seed=n + 100)
+        revision = yield Generate([*request, *critique.tokens, 9], few, seed=n + 200)
+        both = yield Score([*prefix, *prompt, *revision.tokens], [[5], [6, 7, 8], [9, 5]])
+        again = yield Generate([*prefix, *prompt, *revision.tokens, 7, 8], few, seed=n + 300)
+        return draft.tokens, critique.tokens, revision.tokens, again.tokens, [x.tolist() for x in both]
+
+    rng_tokens = [rng.integers(3, 120, 2 + 5 * n % 23).tolist() for n in range(11)]
+    return [chain(n) for n in range(11)]
+
+
+@pytest.mark.parametrize("options", [dict(reuse=False), dict(rows=16), dict(chunk=3), dict(prefill_tokens=32)])
+def test_reuse_slots_and_chunks_change_no_text(oracles, options):
+    """The same rows, whatever is reused, however many slots there are, however the work is cut."""
+    prefix = list(range(40, 63))
+    folder = oracles / "llama_tied"
+    plain, other = on_tokens(folder), on_tokens(folder, **options)
+    expected = plain.run(chains(prefix, np.random.default_rng(3)), prefix)
+    got = other.run(chains(prefix, np.random.default_rng(3)), prefix)
+    for mine, theirs in zip(got, expected, strict=True):
+        assert mine[:4] == theirs[:4]
+        for a, b in zip(mine[4], theirs[4], strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-4)
+    assert plain.counts.reused > 500
+    if options.get("reuse") is False:
+        assert other.counts.reused == 0 and other.counts.prefilled > 2 * plain.counts.prefilled
+
+
+def test_rows_are_taken_up_as_slots_get_free_and_come_out_as_they_end(oracles):
+    sampler = on_tokens(oracles / "llama_tied")
+    begun = []
+
+    def row(n):
+        begun.append(n)
+        if n % 7 == 3:
+            return "asked nothing"
+        sample = yield Generate([3, 4, 5 + n], Sampling(max_new_tokens=40 if n == 0 else 4), seed=n)
+        return len(sample.tokens)
+
+    stream = sampler.stream(row(n) for n in range(40))
+    first = [next(stream) for _ in range(8)]
+    assert len(begun) < 30, "the rows of a long stage are not all begun at once"
+    out = first + list(stream)
+    assert sorted(place for place, _ in out) == list(range(40))
+    assert dict(out)[3] == "asked nothing" and dict(out)[1] == 4 and dict(out)[0] == 40
+    assert [place for place, _ in out].index(0) > 30, "a long row holds up nobody"
+
+
+def test_a_stop_string_ends_a_row_and_is_not_part_of_its_text(oracles):
+    sampler = on_tokens(oracles / "llama_tied")
+    whole = sampler.generate([[3, 4, 5]], Sampling(max_new_tokens=30), seed=1)[0]
+    stop = byte_tokenizer().decode(whole.tokens[11:13])
+    assert stop and stop in whole.text
+    for chunk in (32, 5, 1):
+        sampler.chunk = chunk
+        (cut,) = sampler.generate([[3, 4, 5]], Sampling(max_new_tokens=30, stop=("no such text", stop)), seed=1)
+        assert cut.text == whole.text[: whole.text.index(stop)] and not cut.truncated
+        assert cut.tokens == whole.tokens[: len(cut.tokens)] and cut.logprobs == whole.logprobs[: len(cut.tokens)]
+        assert stop in byte_tokenizer().decode(cut.tokens) and stop not in byte_tokenizer().decode(cut.tokens[:-1])
