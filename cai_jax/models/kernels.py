@@ -20,8 +20,30 @@ class Transposed:
     kernel_OI: jax.Array
 
 
+@flax.struct.dataclass
+class Int8:
+    """A kernel as whole numbers from -127 to 127, times a scale for each output."""
+
+    kernel: jax.Array | Transposed
+    scale_O: jax.Array
+
+
+def quantize(kernel) -> Int8:
+    """The nearest Int8 kernel; leading axes (layers) are kept."""
+    transposed = isinstance(kernel, Transposed)
+    values = kernel.kernel_OI if transposed else kernel
+    scale = jnp.maximum(jnp.max(jnp.abs(values), axis=-1 if transposed else -2), 1e-8).astype(jnp.float32) / 127
+    whole = jnp.round(values / jnp.expand_dims(scale, -1 if transposed else -2)).astype(jnp.int8)
+    return Int8(Transposed(whole) if transposed else whole, scale)
+
+
 def dot(x, kernel):
-    """Multiply activations `x_...I` with a kernel `[I, O]`: operands in the kernel's dtype, float32 result."""
+    """Multiply activations `x_...I` with a kernel `[I, O]`: operands in the kernel's dtype, float32 result.
+
+    With an Int8 kernel the operands are in the dtype of `x`.
+    """
+    if isinstance(kernel, Int8):
+        return dot(x, jax.tree.map(lambda leaf: leaf.astype(x.dtype), kernel.kernel)) * kernel.scale_O
     if isinstance(kernel, Transposed):
         few = math.prod(x.shape[:-1]) <= FEW_ROWS and jax.default_backend() == "cpu"
         if few:

@@ -28,18 +28,26 @@ STRIP = 16  # tokens of a strip in prefill; divides BLOCK
 
 
 @flax.struct.dataclass
-class Cache:
-    """Keys and values of all layers: of every slot, and of the prefix that slots may share."""
+class Entries:
+    """Keys and values of one layer. As int8 they have a scale an entry and head; else the scales are None."""
 
-    keys: tuple  # L arrays [Z, K, B, N, BLOCK]
-    values: tuple  # L arrays [Z, K, B, BLOCK, N]
-    prefix_keys: tuple  # L arrays [K, N, P]
-    prefix_values: tuple  # L arrays [K, P, N]
+    keys: jax.Array  # own [Z, K, B, N, BLOCK], shared [K, N, P]
+    values: jax.Array  # own [Z, K, B, BLOCK, N], shared [K, P, N]
+    key_scales: jax.Array | None  # own [Z, K, B, BLOCK], shared [K, P]
+    value_scales: jax.Array | None
+
+
+@flax.struct.dataclass
+class Cache:
+    """Of every layer the entries of all slots, and those of the prefix that slots may share."""
+
+    own: tuple[Entries, ...]
+    shared: tuple[Entries, ...]
 
     @property
     def prefix_room(self) -> int:
         """The longest prefix that there is room for."""
-        return self.prefix_keys[0].shape[-1]
+        return self.shared[0].keys.shape[-1]
 
 
 @flax.struct.dataclass
@@ -60,13 +68,17 @@ def blocks_of(length: int) -> int:
 
 def empty_cache(config: ModelConfig, rows: int, length: int, prefix: int, dtype) -> Cache:
     """A cache for `rows` slots of at most `length` entries, and a prefix of at most `prefix`."""
-    size, heads, layers = config.head_dim, config.n_kv_heads, range(config.n_layers)
-    blocks = blocks_of(length)
+    heads, size = config.n_kv_heads, config.head_dim
+
+    def entries(*where, after):
+        scales = jnp.zeros((*where, after), jnp.float32) if jnp.dtype(dtype) == jnp.int8 else None
+        keys, values = jnp.zeros((*where, size, after), dtype), jnp.zeros((*where, after, size), dtype)
+        return Entries(keys, values, scales, scales)
+
+    layers = range(config.n_layers)
     return Cache(
-        keys=tuple(jnp.zeros((blocks, heads, rows, size, BLOCK), dtype) for _ in layers),
-        values=tuple(jnp.zeros((blocks, heads, rows, BLOCK, size), dtype) for _ in layers),
-        prefix_keys=tuple(jnp.zeros((heads, size, prefix), dtype) for _ in layers),
-        prefix_values=tuple(jnp.zeros((heads, prefix, size), dtype) for _ in layers),
+        own=tuple(entries(blocks_of(length), heads, rows, after=BLOCK) for _ in layers),
+        shared=tuple(entries(heads, after=prefix) for _ in layers),
     )
 
 
@@ -76,29 +88,35 @@ def new_cache(config: ModelConfig, rows: int, length: int, prefix: int, dtype, m
     if mesh is None:
         return jax.jit(make)()
     heads = "tensor" if config.n_kv_heads % mesh.shape["tensor"] == 0 else None
+    shapes = jax.eval_shape(make)
     own, shared = NamedSharding(mesh, P(None, heads, ROWS[0])), NamedSharding(mesh, P(heads))
-    layers = range(config.n_layers)
-    return jax.jit(make, out_shardings=Cache(*[tuple(kind for _ in layers) for kind in (own, own, shared, shared)]))()
+    places = Cache(jax.tree.map(lambda _: own, shapes.own), jax.tree.map(lambda _: shared, shapes.shared))
+    return jax.jit(make, out_shardings=places)()
 
 
 def cache_bytes(config: ModelConfig, rows: int, length: int, prefix: int, dtype) -> int:
     """Bytes of the keys and values of `rows` slots of `length` entries and of a prefix."""
-    entry = 2 * config.n_layers * config.n_kv_heads * config.head_dim * jnp.dtype(dtype).itemsize
+    scale = 4 if jnp.dtype(dtype) == jnp.int8 else 0
+    entry = 2 * config.n_layers * config.n_kv_heads * (config.head_dim * jnp.dtype(dtype).itemsize + scale)
     return entry * (rows * blocks_of(length) * BLOCK + prefix)
 
 
-def prepare(config: ModelConfig, params, dtype, mesh=None):
+PROJECTIONS = ("qkv", "q", "k", "v", "o", "gate_up", "gate", "up", "down")
+
+
+def prepare(config: ModelConfig, params, dtype, mesh=None, int8=False):
     """Weights for the sampler, made by one jitted cast and reshard from the stacked ones.
 
     A dict a layer, projections fused and, on a CPU, transposed; whole on every device but for the tensor axis, along
-    which they stay split (and then unfused, for a fused projection has no common split).
+    which they stay split (and then unfused, for a fused projection has no common split). With `int8` the projections
+    of the layers are stored as int8 with a scale an output.
     """
-    form = partial(_decoding_form, config, dtype, mesh is None or mesh.shape["tensor"] == 1)
+    form = partial(_decoding_form, config, dtype, mesh is None or mesh.shape["tensor"] == 1, int8)
     shardings = None if mesh is None else decoding_shardings(mesh, jax.eval_shape(form, params))
     return jax.jit(form, out_shardings=shardings)(params)
 
 
-def _decoding_form(config, dtype, fuse, params):
+def _decoding_form(config, dtype, fuse, int8, params):
     params = kernels.cast(params, dtype)
     stacked = dict(params["layers"])
     if fuse:
@@ -107,12 +125,14 @@ def _decoding_form(config, dtype, fuse, params):
                 if parts[0] + suffix in stacked:
                     pieces = [stacked.pop(part + suffix) for part in parts]
                     stacked[fused + suffix] = jnp.concatenate(pieces, axis=-1)
+    projections = [name for name in PROJECTIONS if name in stacked]
     if jax.default_backend() == "cpu":
-        for name in ("qkv", "q", "k", "v", "o", "gate_up", "gate", "up", "down"):
-            if name in stacked:
-                stacked[name] = kernels.Transposed(jnp.swapaxes(stacked[name], 1, 2))
+        for name in projections:
+            stacked[name] = kernels.Transposed(jnp.swapaxes(stacked[name], 1, 2))
         if not config.tie_embeddings:
             params = params | {"lm_head": kernels.Transposed(params["lm_head"].T)}
+    if int8:
+        stacked |= {name: kernels.quantize(stacked[name]) for name in projections}
     layers = tuple(jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(config.n_layers))
     return {**params, "layers": layers}
 
@@ -128,23 +148,23 @@ def extend(config: ModelConfig, weights, cache: Cache, strips: Strips):
     positions_QT = jnp.where(strips.real_QT, strips.shared_Q[:, None] + places_QT, -1)
     x_1MD = embed(config, weights, strips.tokens_QT.reshape(1, -1))
     rope_R1MN = rope_tables(config, positions_QT.reshape(1, -1))
-    keys, values = list(cache.keys), list(cache.values)
+    own = list(cache.own)
     for i, layer in enumerate(weights["layers"]):
 
         def attend(q_1MHN, k_1MKN, v_1MKN, i=i):
             def by_head(x_1MXN):
                 x_QTKGN = x_1MXN.reshape(count, length, config.n_kv_heads, -1, config.head_dim)
-                return x_QTKGN.transpose(2, 0, 1, 3, 4).astype(keys[i].dtype)
+                return x_QTKGN.transpose(2, 0, 1, 3, 4)
 
-            keys[i], values[i] = _append(strips, keys[i], values[i], by_head(k_1MKN), by_head(v_1MKN))
-            shared = cache.prefix_keys[i], cache.prefix_values[i]
+            own[i] = _append(strips, own[i], by_head(k_1MKN)[:, :, :, 0], by_head(v_1MKN)[:, :, :, 0])
             see = _Sight(places_QT, strips.shared_Q, strips.slots_Q, config.windows[i])
-            out_KQTGN = _attend(config, by_head(q_1MHN * config.query_scale), shared, (keys[i], values[i]), see)
+            q_KQTGN = by_head(q_1MHN * config.query_scale).astype(weights["embed"].dtype)
+            out_KQTGN = _attend(config, q_KQTGN, cache.shared[i], own[i], see)
             return out_KQTGN.transpose(1, 2, 0, 3, 4).reshape(1, count * length, -1)
 
         x_1MD = block(config, layer, x_1MD, rope_R1MN[config.rope_of_layer[i]], attend)
     hidden_1MD = rms_norm(config, x_1MD, weights["final_norm"])
-    return cache.replace(keys=tuple(keys), values=tuple(values)), hidden_1MD.reshape(count, length, -1)
+    return cache.replace(own=tuple(own)), hidden_1MD.reshape(count, length, -1)
 
 
 @dataclass(frozen=True)
@@ -171,45 +191,49 @@ class _Sight:
         return real & (distance >= 0) & (distance < self.window) if self.window else real & (distance >= 0)
 
 
-def _attend(config: ModelConfig, q_KQTGN, shared, own, see: _Sight):
+def _attend(config: ModelConfig, q_KQTGN, shared: Entries, own: Entries, see: _Sight):
     """Attention over prefix and own blocks, one after the other, with one running softmax. Queries are scaled.
 
-    `shared` and `own` are keys and values. Every sum runs over the entries of a slot in their order, so a row's
-    result does not depend on which tokens came in one pass, nor on other rows.
+    Every sum runs over the entries of a slot in their order, so a row's result does not depend on which tokens came
+    in one pass, nor on other rows.
     """
     heads, count, length, group, size = q_KQTGN.shape
     q_KQRN = q_KQTGN.reshape(heads, count, length * group, size)
-    product = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
-    def masked(scores_KQRS, seen_QTS):
-        seen_QRS = jnp.repeat(seen_QTS, group, axis=1)
-        return jnp.where(seen_QRS, softcap(scores_KQRS, config.attn_softcap), NEGATIVE)
-
-    def start():
-        shape = heads, count, length * group
-        return jnp.full(shape, NEGATIVE), jnp.zeros(shape), jnp.zeros((*shape, size))
-
-    def start_with(prefix):
-        keys_KNP, values_KPN = shared
-        scores = masked(product("kqrn,knp->kqrp", q_KQRN, keys_KNP), see.prefix(prefix))
-        top = jnp.max(scores, axis=-1)
-        weights = jnp.exp(scores - top[..., None])
-        mixed = product("kqrp,kpn->kqrn", weights.astype(values_KPN.dtype), values_KPN)
-        return top, jnp.sum(weights, axis=-1), mixed
-
-    def add_block(index, carry):
+    def add(keys_form, values_form, entries: Entries, seen_QTS, carry):
+        """Some more entries for the running softmax: (highest score, sum of weights, weighted sum of values)."""
         top, total, mixed = carry
-        keys_KQNS, values_KQSN = (_block(array, index, see.slots_Q) for array in own)
-        scores = masked(product("kqrn,kqns->kqrs", q_KQRN, keys_KQNS), see.block(index))
+        seen_QRS = jnp.repeat(seen_QTS, group, axis=1)
+        scores = _product(keys_form, q_KQRN, entries.keys, entries.key_scales)
+        scores = jnp.where(seen_QRS, softcap(scores, config.attn_softcap), NEGATIVE)
         higher = jnp.maximum(top, jnp.max(scores, axis=-1))
         weights, fade = jnp.exp(scores - higher[..., None]), jnp.exp(top - higher)
-        more = product("kqrs,kqsn->kqrn", weights.astype(values_KQSN.dtype), values_KQSN)
+        scaled = weights if entries.value_scales is None else weights * _beside(entries.value_scales, weights)
+        more = _product(values_form, scaled.astype(q_KQTGN.dtype), entries.values, None)
         return higher, total * fade + jnp.sum(weights, axis=-1), mixed * fade[..., None] + more
 
-    prefix = shared[0].shape[-1]
+    def add_block(index, carry):
+        block = jax.tree.map(lambda array: _block(array, index, see.slots_Q), own)
+        return add("kqrn,kqns->kqrs", "kqrs,kqsn->kqrn", block, see.block(index), carry)
+
+    shape = heads, count, length * group
+    carry = jnp.full(shape, NEGATIVE), jnp.zeros(shape), jnp.zeros((*shape, size))
+    if prefix := shared.keys.shape[-1]:
+        carry = add("kqrn,knp->kqrp", "kqrp,kpn->kqrn", shared, see.prefix(prefix), carry)
     full = jnp.max(see.places_QT) // BLOCK + 1
-    _, total, mixed = jax.lax.fori_loop(0, full, add_block, start_with(prefix) if prefix else start())
+    _, total, mixed = jax.lax.fori_loop(0, full, add_block, carry)
     return (mixed / total[..., None]).reshape(q_KQTGN.shape)
+
+
+def _product(form, x, entries, scales):
+    """Float32 product of queries or weights with keys or values, these in the dtype of `x`."""
+    product = jnp.einsum(form, x, entries.astype(x.dtype), preferred_element_type=jnp.float32)
+    return product if scales is None else product * _beside(scales, product)
+
+
+def _beside(scales, x_KQRS):
+    """Scales `[K, Q, S]`, or `[K, S]` of what all share, ready to multiply `[K, Q, R, S]`."""
+    return scales[:, :, None] if scales.ndim == 3 else scales[:, None, None]
 
 
 def _block(array, index, slots_Q):
@@ -218,45 +242,53 @@ def _block(array, index, slots_Q):
     return of_all if slots_Q is None else of_all[:, slots_Q]
 
 
-def _append(strips: Strips, keys, values, k_KQTGN, v_KQTGN):
+def _append(strips: Strips, own: Entries, k_KQTN, v_KQTN) -> Entries:
     """Write new keys and values, strip by strip, each into its window; strips without tokens go where none is read."""
     count, length = strips.tokens_QT.shape
     slots_Q = jnp.arange(count) if strips.slots_Q is None else strips.slots_Q
-    unread = keys.shape[0] - 1
-    blocks_Q = jnp.where(jnp.any(strips.real_QT, axis=1), strips.starts_Q // BLOCK, unread)
+    blocks_Q = jnp.where(jnp.any(strips.real_QT, axis=1), strips.starts_Q // BLOCK, own.keys.shape[0] - 1)
     offsets_Q = strips.starts_Q % BLOCK
+    keys, key_scales = _stored(k_KQTN, own)
+    values, value_scales = _stored(v_KQTN, own)
+    new = Entries(keys.swapaxes(2, 3), values, key_scales, value_scales)
+    time_axes = _time_axes(own, Entries(1, 0, 0, 0))
 
-    def write_strip(q, arrays):
-        def write(array, update, place, real):
+    def write_strip(q, own):
+        def write(array, new, axis):  # new [K, Q, ...] with time on `axis` of what follows
+            update = new[:, q][None, :, None]
+            place = [blocks_Q[q], 0, slots_Q[q]] + [0] * (array.ndim - 3)
+            place[3 + axis] = offsets_Q[q]
             if length > 1:  # a window may hold earlier entries
+                real = jnp.expand_dims(strips.real_QT[q], [i for i in range(array.ndim) if i != 3 + axis])
                 update = jnp.where(real, update, jax.lax.dynamic_slice(array, place, update.shape))
             return jax.lax.dynamic_update_slice(array, update, place)
 
-        keys, values = arrays
-        real_T = strips.real_QT[q]
-        k_KNT, v_KTN = k_KQTGN[:, q, :, 0].swapaxes(1, 2), v_KQTGN[:, q, :, 0]
-        keys = write(keys, k_KNT[None, :, None], (blocks_Q[q], 0, slots_Q[q], 0, offsets_Q[q]), real_T)
-        values = write(values, v_KTN[None, :, None], (blocks_Q[q], 0, slots_Q[q], offsets_Q[q], 0), real_T[:, None])
-        return keys, values
+        return jax.tree.map(write, own, new, time_axes)
 
-    return jax.lax.fori_loop(0, count, write_strip, (keys, values))
+    return jax.lax.fori_loop(0, count, write_strip, own)
+
+
+def _time_axes(entries: Entries, axes: Entries) -> Entries:
+    """The axes of the arrays that the entries have."""
+    return axes if entries.key_scales is not None else axes.replace(key_scales=None, value_scales=None)
+
+
+def _stored(x_KQTN, own: Entries):
+    """New keys or values as the cache holds them, with their scales."""
+    if own.key_scales is None:
+        return x_KQTN.astype(own.keys.dtype), None
+    scales_KQT = jnp.maximum(jnp.max(jnp.abs(x_KQTN), axis=-1), 1e-8) / 127
+    return jnp.round(x_KQTN / scales_KQT[..., None]).astype(jnp.int8), scales_KQT.astype(jnp.float32)
 
 
 def share(cache: Cache, slot, length: int) -> Cache:
     """Make the first `length` entries of a slot the shared prefix."""
 
-    def of_slot(array):
-        return jax.lax.dynamic_index_in_dim(array, slot, 2, keepdims=False)
+    def of_slot(array, axis):
+        """[Z, K, B, ...] -> [K, ...], with the blocks joined along the time axis of what remains."""
+        own = jnp.moveaxis(jax.lax.dynamic_index_in_dim(array, slot, 2, keepdims=False), 0, axis)
+        joined = own.reshape(*own.shape[:axis], -1, *own.shape[axis + 2 :])
+        return jax.lax.slice_in_dim(joined, 0, length, axis=axis)
 
-    def keys(array):  # [Z, K, N, BLOCK] -> [K, N, P]
-        joined_KNZS = of_slot(array).transpose(1, 2, 0, 3)
-        return joined_KNZS.reshape(*joined_KNZS.shape[:2], -1)[..., :length]
-
-    def values(array):  # [Z, K, BLOCK, N] -> [K, P, N]
-        joined_KZSN = of_slot(array).swapaxes(0, 1)
-        return joined_KZSN.reshape(joined_KZSN.shape[0], -1, joined_KZSN.shape[-1])[:, :length]
-
-    return cache.replace(
-        prefix_keys=tuple(keys(array) for array in cache.keys),
-        prefix_values=tuple(values(array) for array in cache.values),
-    )
+    time_axes = _time_axes(cache.own[0], Entries(2, 1, 1, 1))
+    return cache.replace(shared=tuple(jax.tree.map(of_slot, entries, time_axes) for entries in cache.own))

@@ -152,7 +152,7 @@ def _also_seen(seen_BV, token_B, settings: RowSettings):
     return jax.lax.cond(jnp.any(settings.repetition_penalty != 1), mark, lambda seen_BV: seen_BV, seen_BV)
 
 
-_CACHE = Cache(P(None, None, ROWS), P(None, None, ROWS), P(), P())
+_CACHE = Cache(P(None, None, ROWS), P())
 
 
 def _on_shards(mesh, function, in_specs, out_specs):

@@ -15,10 +15,11 @@ import numpy as np
 
 from cai_jax.chat import decode_text, encode_chat, encode_text, stop_ids
 from cai_jax.config import Sampling
-from cai_jax.mesh import put_global_rows
+from cai_jax.mesh import put_rows
 from cai_jax.provenance import row_seed
 from cai_jax.sampler import decode
 from cai_jax.sampler.cache import BLOCK, STRIP, cache_bytes, new_cache, prepare
+from cai_jax.sampler.memory import check_cache_fits
 from cai_jax.sampler.requests import Generate, Row, Sample, Score
 from cai_jax.sampler.sampling import RowSettings
 from cai_jax.sampler.slots import Run, Slot, Writing, empty_strips
@@ -53,6 +54,8 @@ class Sampler:
     mesh: object = None
     prefill_tokens: int = 128  # run in one prefill call, on all devices together
     chunk: int = 32  # decoding steps between two looks at the host
+    int8_weights: bool = False  # of the projections; less memory, an error that tests/sampler/test_int8.py bounds
+    int8_cache: bool = False
     reuse: bool = True
     ignore_stops: bool = False  # write to the limit, whatever is drawn (benchmarks)
     on_progress: Callable[[Counts], None] = lambda counts: None
@@ -63,7 +66,8 @@ class Sampler:
         config = self.model.config
         self._ways = 1 if self.mesh is None else self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         self._strips = max(1, self.prefill_tokens // (STRIP * self._ways))  # of each data shard
-        self._weights = prepare(config, self.model.params, self.dtype, self.mesh)
+        self._weights = prepare(config, self.model.params, self.dtype, self.mesh, self.int8_weights)
+        self._cache_dtype = "int8" if self.int8_cache else self.dtype
         self._cache = None  # made for the first request, with the room that its prefix needs
         self._prefix: list[int] = []
         self._stops = () if self.ignore_stops else stop_ids(self.model.tokenizer, config.eos_ids)
@@ -138,7 +142,7 @@ class Sampler:
 
     def cache_bytes(self) -> int:
         """Bytes of the key/value cache of all slots."""
-        return cache_bytes(self.model.config, self.rows, self.max_length, len(self._prefix), self.dtype)
+        return cache_bytes(self.model.config, self.rows, self.max_length, len(self._prefix), self._cache_dtype)
 
     # ---- rows and their requests
 
@@ -279,7 +283,9 @@ class Sampler:
         room = -(-len(tokens) // BLOCK) * BLOCK
         if self._cache is None or room != self._cache.prefix_room:
             self._cache = None  # two caches at once could be too much
-            self._cache = new_cache(self.model.config, self.rows, self.max_length, room, self.dtype, self.mesh)
+            shape = self.model.config, self.rows, self.max_length, room, self._cache_dtype, self.mesh
+            check_cache_fits(*shape)
+            self._cache = new_cache(*shape)
         self._prefix = list(tokens)
         if tokens:
             firsts = [group[0] for group in self._groups()]
@@ -343,7 +349,7 @@ class Sampler:
         return self.rows, self.max_length, self._cache.prefix_room, self.dtype
 
     def _put(self, arrays):
-        return arrays if self.mesh is None else put_global_rows(self.mesh, arrays)
+        return arrays if self.mesh is None else put_rows(self.mesh, arrays)
 
 
 def bucket(size: int, smallest: int) -> int:
