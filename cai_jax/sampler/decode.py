@@ -14,7 +14,8 @@ from jax.sharding import PartitionSpec as P
 from cai_jax.models.families import ModelConfig
 from cai_jax.models.transformer import unembed
 from cai_jax.sampler import cache as caches
-from cai_jax.sampler.cache import Cache, Strips, extend
+from cai_jax.sampler.cache import Cache, Strips, cache_specs
+from cai_jax.sampler.layers import extend
 from cai_jax.sampler.sampling import RowSettings, sample
 
 ROWS = ("data", "fsdp")
@@ -61,7 +62,8 @@ def prefill(config: ModelConfig, mesh, weights, cache: Cache, strips: Strips, as
         full = (asked.count_1[0] + ASKED_AT_ONCE - 1) // ASKED_AT_ONCE
         return cache, jax.lax.fori_loop(0, full, some, jnp.zeros(asked.tokens_MX.shape, jnp.float32))
 
-    return _on_shards(mesh, local, (P(), _CACHE, P(ROWS), P(ROWS)), (_CACHE, P(ROWS)))(weights, cache, strips, asked)
+    kept, rows = cache_specs(cache), P(ROWS)
+    return _on_shards(mesh, local, (P(), kept, rows, rows), (kept, rows))(weights, cache, strips, asked)
 
 
 @partial(jax.jit, static_argnames=("config", "mesh", "steps"), donate_argnames="cache")
@@ -88,8 +90,8 @@ def decode(config: ModelConfig, mesh, weights, cache: Cache, slots: Slots, histo
         loop = jax.lax.while_loop(goes_on, partial(_step, config, weights, slots), begin)
         return loop.cache, loop.tokens_BC, loop.logprobs_BC, loop.counts_B
 
-    rows = P(ROWS)
-    return _on_shards(mesh, local, (P(), _CACHE, rows, rows, P()), (_CACHE, rows, rows, rows))(
+    kept, rows = cache_specs(cache), P(ROWS)
+    return _on_shards(mesh, local, (P(), kept, rows, rows, P()), (kept, rows, rows, rows))(
         weights, cache, slots, history_BS, patience
     )
 
@@ -97,7 +99,8 @@ def decode(config: ModelConfig, mesh, weights, cache: Cache, slots: Slots, histo
 @partial(jax.jit, static_argnames=("mesh", "length"))
 def share(mesh, cache: Cache, length: int) -> Cache:
     """Make the first `length` entries of slot 0 (of each data shard) the prefix that all slots may stand on."""
-    return _on_shards(mesh, lambda cache: caches.share(cache, 0, length), (_CACHE,), _CACHE)(cache)
+    kept = cache_specs(cache)
+    return _on_shards(mesh, lambda cache: caches.share(cache, 0, length), (kept,), kept)(cache)
 
 
 @flax.struct.dataclass
@@ -150,9 +153,6 @@ def _also_seen(seen_BV, token_B, settings: RowSettings):
         return seen_BV.at[jnp.arange(token_B.shape[0]), token_B].set(True)
 
     return jax.lax.cond(jnp.any(settings.repetition_penalty != 1), mark, lambda seen_BV: seen_BV, seen_BV)
-
-
-_CACHE = Cache(P(None, None, ROWS), P())
 
 
 def _on_shards(mesh, function, in_specs, out_specs):

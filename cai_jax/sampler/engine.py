@@ -18,11 +18,12 @@ from cai_jax.config import Sampling
 from cai_jax.mesh import put_rows
 from cai_jax.provenance import row_seed
 from cai_jax.sampler import decode
-from cai_jax.sampler.cache import BLOCK, STRIP, cache_bytes, new_cache, prepare
+from cai_jax.sampler.cache import BLOCK, STRIP, cache_bytes, new_cache
 from cai_jax.sampler.memory import check_cache_fits
 from cai_jax.sampler.requests import Generate, Row, Sample, Score
 from cai_jax.sampler.sampling import RowSettings
 from cai_jax.sampler.slots import Run, Slot, Writing, empty_strips
+from cai_jax.sampler.weights import prepare
 
 CANDIDATES = 16  # log-probs asked for at one place, at most
 
