@@ -13,6 +13,7 @@ Where a family writes its turns in plain letters (the [INST] of Llama 2), no enc
 holds these letters from the template.
 """
 
+import datetime
 import functools
 import json
 import re
@@ -31,6 +32,17 @@ ROLES = ("system", "user", "assistant")
 _MARK = "\uf8f0" + secrets.token_hex(16)
 _SLOT = _MARK + "m{:06d}"
 _ALIAS = _MARK + "t{:06d}"
+
+# Some templates ask for the date of today. Tokens must not depend on the day a run is resumed, so they are told one
+# and the same: the date that the template of Llama 3.1 falls back to. A macro, as `apply_chat_template` lets no
+# function of ours through to the template; the newline after it belongs to its end and leaves no trace.
+_TODAY = datetime.datetime(2024, 7, 26)
+_CODES = "a A b B d -d e f H -H I -I j m -m M -M p S u w y Y".split()
+_DATE_MACRO = (
+    "{% macro strftime_now(format) %}{{ format"
+    + "".join(f".replace('%{code}', '{_TODAY.strftime('%' + code)}')" for code in _CODES)
+    + " }}{% endmacro %}\n"
+)
 
 
 # ---------------------------------------------------------------- chats
@@ -216,12 +228,13 @@ def _render(tokenizer, messages, add_generation_prompt: bool, slot_last: bool) -
         _merge_neighbours,
         lambda turns: _merge_neighbours(_fold_system(turns)),
     )
+    template = _dated(tokenizer.get_chat_template())
     reason = ""
     for form in forms:
         slotted, texts = _with_slots(form(messages), slot_last)
         try:
             rendered = tokenizer.apply_chat_template(
-                slotted, tokenize=False, add_generation_prompt=add_generation_prompt
+                slotted, chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt
             )
         except jinja2.TemplateError as error:
             reason = reason or " ".join(str(error).split())
@@ -231,6 +244,11 @@ def _render(tokenizer, messages, add_generation_prompt: bool, slot_last: bool) -
         reason = reason or "it leaves out the text of a turn"
     roles = ", ".join(message["role"] for message in messages)
     raise UserError(f"{_name(tokenizer)}: its chat template does not take the turns ({roles}): {reason}")
+
+
+def _dated(template: str) -> str:
+    """The template, where it asks for the date, with the fixed one at hand."""
+    return _DATE_MACRO + template if "strftime_now" in template else template
 
 
 def _with_slots(messages: list[dict], slot_last: bool) -> tuple[list[dict], dict[int, str]]:

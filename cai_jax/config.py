@@ -34,8 +34,9 @@ class Mesh:
 class PromptSet:
     """A set of prompts: ours, a file, a folder saved by `datasets`, or a hub dataset."""
 
-    path: str  # shipped:NAME | .jsonl .json .csv .parquet (also .gz) | folder | hub id
+    path: str  # shipped:NAME | .jsonl .json .csv (each also .gz) | .parquet | folder | hub id
     split: str = ""  # keep rows whose "split" column says so; for a hub dataset, its split
+    subset: str = ""  # of a hub dataset that has several: the name of one
     prompt: str = "prompt"  # column: a text, or a list of {role, content} (multi-turn context)
     id: str = "id"  # column; rows without one are numbered
     category: str = "category"  # column; rows without one have category ""

@@ -100,7 +100,8 @@ def run(name: str, config: Config, fresh: bool, command: list[str]) -> Path:
             with contextlib.suppress(Exception):  # the report of what there is; the first error is what counts
                 write_report(run_dir)
             raise
-        return write_report(run_dir)
+        with provenance.explain_os_errors(run_dir / "report.html"):
+            return write_report(run_dir)
 
 
 def print_named_runs() -> None:

@@ -4,28 +4,18 @@ A set that cannot be read at all is a `UserError`; a row that cannot be used is 
 rest goes on. Nothing here knows a model: whether a prompt fits into a context is the stages' business.
 """
 
-import csv
 import dataclasses
-import difflib
-import glob
-import gzip
-import importlib.resources
-import io
-import json
 import re
-import tempfile
-import zlib
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 from cai_jax import config
 from cai_jax.errors import UserError
+from cai_jax.prompt_files import nearest, read_records
 from cai_jax.provenance import content_hash
 
 ROLES = ("system", "user", "assistant")
-_SHIPPED = importlib.resources.files("cai_jax") / "data" / "prompts"
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _TRANSCRIPT_TURN = re.compile(r"\n\n(Human|Assistant):")
 _OPTIONAL_COLUMNS = {"id": "id", "category": "category"}  # defaults that data may lack without a word
 
@@ -65,7 +55,7 @@ def load_prompts(prompt_set: config.PromptSet, name: str) -> PromptRows:
     where = f"prompts.{name} ({prompt_set.path})"
     if prompt_set.limit < 0:
         raise UserError(f"{where}: limit is {prompt_set.limit}; give 0 for all rows, or a positive number")
-    records, split = _read(prompt_set, where)
+    records, split = read_records(prompt_set, where)
     if not records:
         raise UserError(f"{where} is empty; give a set with at least one row")
     _check_columns(records, prompt_set, where)
@@ -80,6 +70,26 @@ def load_prompts(prompt_set: config.PromptSet, name: str) -> PromptRows:
         )
     if prompt_set.limit:
         prompts = _spread(prompts, prompt_set.limit)
+    return _prompt_rows(prompts, skipped)
+
+
+def with_unique_ids(sets: Mapping[str, PromptRows]) -> dict[str, PromptRows]:
+    """The sets as they are; or, where an id stands in two of them, all with "<name of the set>/" before their ids.
+
+    For sets whose rows one stage handles together: ids are the keys of rows.
+    """
+    counts = Counter(prompt.id for prompts in sets.values() for prompt in prompts.rows)
+    if all(count == 1 for count in counts.values()):
+        return dict(sets)
+    return {name: _with_prefix(prompts, f"{name}/") for name, prompts in sets.items()}
+
+
+def _with_prefix(prompts: PromptRows, prefix: str) -> PromptRows:
+    rows = [dataclasses.replace(prompt, id=prefix + prompt.id) for prompt in prompts.rows]
+    return _prompt_rows(rows, [row | {"id": prefix + row["id"]} for row in prompts.skipped])
+
+
+def _prompt_rows(prompts: list[Prompt], skipped: list[dict[str, str]]) -> PromptRows:
     return PromptRows(tuple(prompts), tuple(skipped), content_hash([dataclasses.asdict(prompt) for prompt in prompts]))
 
 
@@ -110,157 +120,6 @@ def check_disjoint(train: Mapping[str, PromptRows], evaluation: Mapping[str, Pro
         )
 
 
-# --- reading -----------------------------------------------------------------------------------------------
-
-
-def _read(prompt_set: config.PromptSet, where: str) -> tuple[list[dict], str]:
-    """All records of the set, and the value of the column "split" that is still to be chosen ("": none)."""
-    if prompt_set.path.startswith("shipped:"):
-        return _read_shipped(prompt_set.path.removeprefix("shipped:"), where), prompt_set.split
-    path = Path(prompt_set.path).expanduser()
-    if path.is_dir():
-        return _read_folder(path, prompt_set.split, where)
-    readers = {".jsonl": _read_json, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
-    reader = readers.get(Path(path.name.removesuffix(".gz")).suffix)
-    if path.name.endswith(".parquet.gz") or (path.is_file() and reader is None):
-        kinds = ".jsonl, .json, .csv (each also .gz) or .parquet"
-        raise UserError(f"{where}: not a kind of file that can be read; give {kinds}, or a folder")
-    if path.is_file():
-        return reader(path, where), prompt_set.split
-    if reader is None and _HUB_ID.fullmatch(prompt_set.path):
-        return _read_hub(prompt_set.path, prompt_set.split, where), ""
-    raise UserError(f"{where}: no such file or folder; check the path")
-
-
-def _read_shipped(name: str, where: str) -> list[dict]:
-    names = sorted(entry.name.removesuffix(".jsonl") for entry in _SHIPPED.iterdir())
-    if name not in names:
-        raise UserError(f"{where}: no shipped set {name!r}{_nearest(name, names)}")
-    with importlib.resources.as_file(_SHIPPED / f"{name}.jsonl") as path:
-        return _read_json(path, where)
-
-
-def _read_text(path: Path, where: str) -> str:
-    """The text of a file, unzipped if need be; white space inside it is left as it is."""
-    opened = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opened(path, "rt", encoding="utf-8-sig", newline="") as file:
-            return file.read()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
-    except (OSError, EOFError, zlib.error) as error:  # gzip: bad magic, cut short, damaged
-        raise UserError(f"{where} cannot be read ({_one_line(error)}); check the file") from error
-
-
-def _read_json(path: Path, where: str) -> list[dict]:
-    """Objects one a line, or a list of objects.
-
-    Parsed here and not by `datasets`, which names no line, turns a column of dates into timestamps, and
-    guesses the types of a large file from its first part.
-    """
-    text = _read_text(path, where)
-    if text.lstrip().startswith("["):
-        placed = [(f"entry {n} of the list", row) for n, row in enumerate(_parse_json(text, 1, where), 1)]
-    else:
-        lines = enumerate(text.split("\n"), 1)
-        placed = [(f"line {n}", _parse_json(line, n, where)) for n, line in lines if line.strip()]
-    for place, record in placed:
-        if not isinstance(record, dict):
-            raise UserError(f"{where}, {place} is not a JSON object; write {{...}} there")
-    return [record for _, record in placed]
-
-
-def _parse_json(text: str, first_line: int, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        problem = f"line {first_line + error.lineno - 1} is not JSON ({error.msg} at column {error.colno})"
-        raise UserError(f"{where}, {problem}; mend or remove that line") from error
-    except (RecursionError, ValueError) as error:  # nested too deep; a number with thousands of digits
-        problem = f"line {first_line} is not usable JSON ({_one_line(error)})"
-        raise UserError(f"{where}, {problem}; mend or remove that line") from error
-
-
-def _read_csv(path: Path, where: str) -> list[dict]:
-    """Every field as the text that stands there.
-
-    Not by `datasets` (pandas): it reads "NA" as missing and "007" as 7, and when all rows have one field
-    more than the header it shifts the columns without a word.
-    """
-    lines = csv.reader(io.StringIO(_read_text(path, where), newline=""), strict=True)
-    try:
-        header = next(lines, [])
-        repeated = sorted({column for column in header if header.count(column) > 1})
-        if repeated:
-            raise UserError(f"{where}: the header has {repeated[0]!r} twice; rename one of the columns")
-        records = []
-        for fields in lines:
-            if fields and len(fields) != len(header):
-                raise UserError(
-                    f"{where}, line {lines.line_num} has {len(fields)} fields but the header {len(header)}; "
-                    "mend that line (a field with a comma needs quotes)"
-                )
-            if fields:
-                records.append(dict(zip(header, fields, strict=True)))
-        return records
-    except csv.Error as error:
-        problem = f"line {lines.line_num} is not CSV ({_one_line(error)})"
-        raise UserError(f"{where}, {problem}; mend that line") from error
-
-
-def _read_parquet(path: Path, where: str) -> list[dict]:
-    import datasets  # here and below: importing it takes over a second, which most runs need not spend
-
-    # A cache folder that goes again: even a streamed read makes one, and the default may not be writable.
-    with tempfile.TemporaryDirectory() as cache:
-        return _or_user_error(
-            lambda: list(
-                datasets.load_dataset(
-                    "parquet", data_files=glob.escape(str(path)), split="train", streaming=True, cache_dir=cache
-                )
-            ),
-            f"{where} is not a Parquet file",
-        )
-
-
-def _read_folder(path: Path, split: str, where: str) -> tuple[list[dict], str]:
-    import datasets
-
-    data = _or_user_error(
-        lambda: datasets.load_from_disk(str(path)), f"{where} is not a folder saved by datasets.save_to_disk"
-    )
-    if isinstance(data, datasets.DatasetDict):
-        return _choose_split(data, split, where).to_list(), ""
-    return data.to_list(), split
-
-
-def _read_hub(hub_id: str, split: str, where: str) -> list[dict]:
-    import datasets
-
-    data = _or_user_error(
-        lambda: datasets.load_dataset(hub_id),
-        f"{where} is no file or folder here, and the hub dataset of that name cannot be had",
-    )
-    return _choose_split(data, split, where).to_list()
-
-
-def _choose_split(data: Mapping[str, Any], split: str, where: str) -> Any:
-    if split in data:
-        return data[split]
-    if not split and len(data) == 1:
-        return next(iter(data.values()))
-    problem = f"no split {split!r}" if split else "it has several splits"
-    raise UserError(f"{where}: {problem}; set split to one of {', '.join(data)}")
-
-
-def _or_user_error(read: Callable[[], Any], problem: str) -> Any:
-    """`datasets` fails with errors of a dozen libraries below it; each of them is a source that is not there."""
-    try:
-        return read()
-    except Exception as error:
-        raise UserError(f"{problem} ({_one_line(error)}); check the path or the network") from error
-
-
 # --- columns and splits ------------------------------------------------------------------------------------
 
 
@@ -269,7 +128,7 @@ def _check_columns(records: list[dict], prompt_set: config.PromptSet, where: str
     for field in ("prompt", "id", "category"):
         wanted = getattr(prompt_set, field)
         if wanted not in columns and _OPTIONAL_COLUMNS.get(field) != wanted:
-            raise UserError(f"{where}: no column {wanted!r} for {field}{_nearest(wanted, columns)}")
+            raise UserError(f"{where}: no column {wanted!r} for {field}{nearest(wanted, columns)}")
 
 
 def _rows_of_split(numbered: list[tuple[int, dict]], split: str, where: str) -> list[tuple[int, dict]]:
@@ -277,15 +136,8 @@ def _rows_of_split(numbered: list[tuple[int, dict]], split: str, where: str) -> 
     if not found:
         raise UserError(f"{where}: split {split!r} is asked for but there is no column 'split'; set split to ''")
     if split not in found:
-        raise UserError(f"{where}: no row has split {split!r}{_nearest(split, found)}")
+        raise UserError(f"{where}: no row has split {split!r}{nearest(split, found)}")
     return [(number, record) for number, record in numbered if str(record.get("split")) == split]
-
-
-def _nearest(wanted: str, names: list[str]) -> str:
-    close = difflib.get_close_matches(wanted, names, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ";"
-    listed = ", ".join(names[:20]) + (" ..." if len(names) > 20 else "")
-    return f"{hint} there are: {listed}"
 
 
 # --- rows --------------------------------------------------------------------------------------------------
@@ -405,7 +257,3 @@ def _spread(prompts: list[Prompt], limit: int) -> list[Prompt]:
         turn_of_category[prompt.category] = turn + 1
         rank.append((turn, index))
     return [prompts[index] for index in sorted(index for _, index in sorted(rank)[:limit])]
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

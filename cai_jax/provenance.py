@@ -23,7 +23,7 @@ _NOT_ARTIFACTS = ("timing.json", "done.json")
 _MEBIBYTE = 2**20
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT,
-                 errno.ENAMETOOLONG)
+                 errno.ENAMETOOLONG, errno.EISDIR)
 
 
 # ---------------------------------------------------------------- hashes and keys
@@ -118,11 +118,11 @@ def _write_atomically(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-        _sync_folder(path.parent)
+        _sync(path.parent)
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -203,6 +203,13 @@ class StageFolder:
         self._remove_checkpoints()
         return "done"
 
+    def check(self, fingerprint: dict) -> None:
+        """Raise UserError where earlier work has another fingerprint; touches nothing. None: a value not known yet."""
+        if (earlier := self._earlier_fingerprint()) is not None:
+            unknown = {key for key, value in fingerprint.items() if value is None}
+            sides = earlier, _plain(fingerprint)
+            self._refuse_changes(*({key: side[key] for key in side.keys() - unknown} for side in sides))
+
     def done(self) -> dict | None:
         """{"artifacts": {name: sha256}, "hash": one hash of them all}; None while the stage is not done."""
         path = self.path / "done.json"
@@ -229,7 +236,7 @@ class StageFolder:
         for path in self._files():
             name = path.relative_to(self.path).as_posix()
             if name not in _NOT_ARTIFACTS and not name.startswith("checkpoints/"):
-                _sync_file(path)
+                _sync(path)
                 artifacts[name] = file_hash(path)
         digest = content_hash(artifacts)
         write_json(self.path / "done.json", {"artifacts": artifacts, "hash": digest})
@@ -278,7 +285,10 @@ class StageFolder:
     def _earlier_fingerprint(self) -> dict | None:
         path = self.path / "fingerprint.json"
         if path.exists():
-            return read_json(path)
+            fingerprint = read_json(path)
+            if not isinstance(fingerprint, dict):
+                raise self._spoiled(path, "was altered")
+            return fingerprint
         left = [file for file in self._files() if file.suffix != ".tmp"] if self.path.exists() else []
         if left:
             raise self._spoiled(path, f"is missing, but {left[0].name} is there")
@@ -310,11 +320,6 @@ class StageFolder:
 def shard_name(index: int, count: int, prefix: str = "rows") -> str:
     """rows-00000-of-00004.jsonl"""
     return f"{prefix}-{index:05d}-of-{count:05d}.jsonl"
-
-
-def _sync_file(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
 
 
 def _brief(fingerprint: dict, key: str) -> str:
@@ -367,7 +372,7 @@ class MetricsFile:
     def sync(self) -> None:
         """Flush to disk; before a checkpoint, so that the lines are never behind it."""
         if self.path.exists():
-            _sync_file(self.path)
+            _sync(self.path)
 
     def read(self) -> list[dict]:
         """All records; none where there is no file yet."""

@@ -7,7 +7,7 @@ an answer is no refusal; and a broken text is never taken for one, whatever word
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 KINDS = ("refusal", "answer", "degenerate", "empty")
 
@@ -25,15 +25,6 @@ def repetition(text: str) -> float:
     """Share of the 4-grams of words that stood in the text before, 0..1; 0 for fewer than four words."""
     grams = _ngrams(_words(text), 4)
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
-
-
-def distinct_n(texts: Iterable[str], n: int) -> float | None:
-    """Distinct n-grams of words over all n-grams of the texts together (Li et al. 2016, arXiv 1510.03055).
-
-    None where no text has n words.
-    """
-    grams = [gram for text in texts for gram in _ngrams(_words(text), n)]
-    return len(set(grams)) / len(grams) if grams else None
 
 
 def _words(text: str) -> list[str]:

@@ -439,3 +439,17 @@ def test_a_conversation_that_no_form_mends_is_named():
         UserError, match=re.escape("models/gemma: its chat template does not take the turns (assist")
     ):
         encode_chat(tokenizer, [{"role": "assistant", "content": "a"}])
+
+
+@pytest.mark.parametrize("start", ["", "\n", "  {% if true %}x{% endif %}", "\n  {%- if true %}x{% endif %}\n"])
+def test_a_template_that_asks_for_the_date_is_told_the_same_on_every_day(start):
+    """As Llama 3's does; else a run that is resumed tomorrow would have other tokens."""
+    tokenizer = BUILDERS["random"]()
+    asks = "{% if strftime_now is defined %}{% set today = strftime_now('%d %b %Y, %-d %B %y') %}{% endif %}"
+    tokenizer.chat_template = start + asks + "Today: {{ today }}\n" + tokenizer.chat_template
+    written = decode_text(tokenizer, encode_chat(tokenizer, [{"role": "user", "content": "Hello"}]))
+    tokenizer.chat_template = tokenizer.chat_template.replace(asks, "").replace(
+        "{{ today }}", "26 Jul 2024, 26 July 24"
+    )
+    assert written == decode_text(tokenizer, encode_chat(tokenizer, [{"role": "user", "content": "Hello"}]))
+    assert "Today: 26 Jul 2024, 26 July 24\n" in written

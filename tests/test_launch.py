@@ -176,8 +176,20 @@ def test_a_users_mistake_in_a_stage_ends_the_run(start, capsys, where):
     assert capsys.readouterr().err == "error: no such model\n"
     if where == "prepare":
         assert fake.calls[-1][0] == "prepare"
+        assert not Path("runs/tiny/config.json").exists(), "the record of the run before must stay true"
     else:  # the report of what there is
         assert fake.calls[-2:] == [where, "report"]
+
+
+@pytest.mark.parametrize("name", ["report.html", "log.txt", "config.json", "lock"])
+def test_a_folder_in_the_place_of_a_file_is_one_line(start, tmp_path, capsys, monkeypatch, name):
+    fake = FakeContext()
+    monkeypatch.setattr(fake, "write_report", lambda run_dir: (run_dir / "report.html").write_text(""))
+    monkeypatch.setattr(fake, "run_stage", lambda stage: Progress(tmp_path / "runs" / "tiny").log(stage))
+    (tmp_path / "runs" / "tiny" / name).mkdir(parents=True)
+    assert start(fake, "--config=tiny") == 2
+    told = "runs/tiny" if name == "lock" else name
+    assert re.search(rf"error: \S*{told}: cannot be written \(Is a directory\).*\n\Z", capsys.readouterr().err)
 
 
 def test_a_full_disk_in_a_stage_is_one_line(start, capsys):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 
@@ -64,6 +65,36 @@ def test_training_and_sampling_give_the_same_numbers_on_eight_devices():
         assert split["tokens"] == alone["tokens"]
         np.testing.assert_allclose(split["losses"], alone["losses"], rtol=1e-5)
         assert (split["split_moments"] > 0) == (shape[1] * shape[2] > 1)
+
+
+TWO_PROCESSES = """
+import sys
+import jax, numpy as np
+jax.distributed.initialize(sys.argv[1], num_processes=2, process_id=int(sys.argv[2]))
+from cai_jax.config import Mesh
+from cai_jax.mesh import make_mesh, put_rows
+whole = {"tokens": np.arange(24).reshape(8, 3), "real": np.arange(8)}
+placed = put_rows(make_mesh(Mesh()), whole)
+for name, array in placed.items():
+    assert array.shape == whole[name].shape, array.shape
+    assert not array.is_fully_addressable
+    [shard] = array.addressable_shards
+    np.testing.assert_array_equal(shard.data, whole[name][shard.index])
+    assert shard.index[0] == slice(4 * jax.process_index(), 4 * jax.process_index() + 4)
+"""
+
+
+def test_every_process_places_its_part_of_the_whole_batch():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    processes = [
+        subprocess.Popen([sys.executable, "-c", TWO_PROCESSES, address, str(n)], stderr=subprocess.PIPE, text=True,
+                         env={**os.environ, "JAX_PLATFORMS": "cpu"})
+        for n in range(2)
+    ]  # fmt: skip
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
 
 
 def fake_mesh(**sizes):

@@ -12,7 +12,7 @@ import pytest
 
 from cai_jax import config
 from cai_jax.errors import UserError
-from cai_jax.prompt_sets import check_disjoint, load_prompts
+from cai_jax.prompt_sets import check_disjoint, load_prompts, with_unique_ids
 
 SHIPPED = {"red_team": (256, 0.3), "helpful": (256, 0.3), "look_alike": (96, 0.6)}  # rows at least, eval share
 ROWS = [
@@ -193,14 +193,25 @@ def test_split_without_such_a_column_is_refused(tmp_path):
 def test_hub_dataset_is_read_by_id_and_split(monkeypatch):
     asked = []
 
-    def hub(hub_id):
-        asked.append(hub_id)
+    def hub(hub_id, subset):
+        asked.append((hub_id, subset))
         return datasets.DatasetDict({"test": datasets.Dataset.from_list([{"question": "Why?", "split": "other"}])})
 
     monkeypatch.setattr(datasets, "load_dataset", hub)
     prompts = load("someone/questions", name="helpful", split="test", prompt="question")
-    assert asked == ["someone/questions"] and texts(prompts) == ["Why?"]
+    assert asked == [("someone/questions", None)] and texts(prompts) == ["Why?"]
     assert prompts.rows[0].id == "helpful-00001"
+    load("someone/questions", subset="short", split="test", prompt="question")
+    assert asked[1] == ("someone/questions", "short")
+
+
+@pytest.mark.parametrize("path", ["shipped:red_team", "rows.jsonl", "no.csv"])
+def test_only_hub_datasets_have_subsets(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    _jsonl(tmp_path)
+    with pytest.raises(UserError, match=f"{path}.*no hub dataset.*subset") as error:
+        load(path, subset="short")
+    one_line(error)
 
 
 def test_hub_without_network_is_one_line():
@@ -415,3 +426,18 @@ def test_prompt_on_both_sides_is_named(tmp_path):
         check_disjoint({"red_team": train}, {"eval_red_team": evaluation})
     assert "e1" not in one_line(error)
     check_disjoint({"red_team": train}, {})
+
+
+def test_ids_that_stand_in_two_sets_get_the_name_of_their_set(tmp_path):
+    """Two numbered files, as everybody has them: their rows must not share keys."""
+    rows = [[{"id": n, "prompt": f"{name} {n}"} for n in range(3)] + [{"id": 3, "prompt": ""}] for name in "ab"]
+    files = [write_jsonl(tmp_path / f"{name}.jsonl", part) for name, part in zip("ab", rows, strict=True)]
+    sets = {name: load(path, name) for name, path in zip("ab", files, strict=True)}
+    unique = with_unique_ids(sets)
+    assert [prompt.id for prompt in unique["a"].rows] == ["a/0", "a/1", "a/2"]
+    assert [row["id"] for row in unique["b"].skipped] == ["b/3"]
+    assert [texts(unique[name]) for name in "ab"] == [texts(sets[name]) for name in "ab"]
+    assert unique["a"].hash != sets["a"].hash
+    assert with_unique_ids({"a": sets["a"]}) == {"a": sets["a"]}
+    shipped = load("shipped:red_team")
+    assert with_unique_ids({"a": sets["a"], "red_team": shipped})["red_team"] is shipped

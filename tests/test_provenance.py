@@ -144,6 +144,11 @@ def test_a_lock_is_given_back_after_an_error(tmp_path):
         pass
 
 
+def test_a_folder_in_the_place_of_a_file_is_named(tmp_path):
+    (tmp_path / "config.json").mkdir()
+    assert f"{tmp_path}/config.json: cannot be written" in error_of(write_json, tmp_path / "config.json", {})
+
+
 def test_a_run_folder_that_is_a_file_or_below_one_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", tmp_path / "file" / "below", "/proc/no_such_folder", tmp_path / ("x" * 300)):
@@ -213,6 +218,26 @@ def test_what_changed_is_named_with_both_values(tmp_path, seal):
     assert "and 1 more" in message and "same" not in message
     assert "--fresh --stages=ppo" in message and str(tmp_path) in message
     assert folder.begin(earlier) == ("done" if seal else "resume")
+
+
+def test_a_check_refuses_what_begin_refuses_and_touches_nothing(tmp_path):
+    folder = StageFolder(tmp_path, "ppo")
+    folder.check({"a": 1})
+    assert os.listdir(tmp_path) == []
+    folder.begin({"a": 1, "input.sft": "x"})
+    (folder.path / "rows.tmp").write_text("")
+    folder.check({"a": 1.0, "input.sft": "x"})
+    folder.check({"a": 1, "input.sft": None})  # still to be made
+    assert "a 1 -> 2" in error_of(folder.check, {"a": 2, "input.sft": None})
+    assert "input.sft" in error_of(folder.check, {"a": 1})
+    assert sorted(os.listdir(folder.path)) == ["fingerprint.json", "rows.tmp"]
+
+
+@pytest.mark.parametrize("content", ["[1]", "3", "null"])
+def test_a_fingerprint_that_is_none_is_named(tmp_path, content):
+    folder = finished_stage(tmp_path)
+    (folder.path / "fingerprint.json").write_text(content)
+    assert "fingerprint.json: was altered" in error_of(folder.begin, {"config.sft.epochs": 1})
 
 
 def test_a_fingerprint_may_hold_tuples_and_whole_floats(tmp_path):

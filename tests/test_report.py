@@ -38,6 +38,9 @@ def interval(value, n, width=None):
     return {"value": value, "low": value - width, "high": value + width, "n": n}
 
 
+UNKNOWN = {"value": None, "low": None, "high": None, "n": 0}
+
+
 class FakeRun:
     """Writes a run folder as WORKSPACE.md describes it; the same seed gives the same bytes."""
 
@@ -120,7 +123,7 @@ class FakeRun:
                         "principle_hash": "f" * 16,
                         "critique": self.text(30),
                         "revision": newest if unchanged else self.text(60 - 8 * k),
-                        "flags": ["revision_unchanged"] if unchanged else [],
+                        "flags": {"revision_unchanged": unchanged, "critique_empty": False, "critique_truncated": True},
                     }
                 )
             rows.append(
@@ -130,6 +133,7 @@ class FakeRun:
                     "messages": self.messages(f"subject {i}"),
                     "response": response,
                     "rounds": rounds,
+                    "flags": {"response_truncated": False, "response_empty": False, "context_full": i == 0},
                     "provenance": {},
                 }
             )
@@ -142,6 +146,15 @@ class FakeRun:
                 "rows": len(rows),
                 "mean_tokens": {"response": 66.0, "critique": 34.0, "revision": [58.0, 49.0, 40.0, 31.0]},
                 "principles": {name: self.draw.randint(1, 20) for name in principles},
+                "checks": {
+                    "honesty-0": {
+                        "rule": "The text has at most 20 words.",
+                        "n": 40,
+                        "before": interval(0.25, 40),
+                        "after": interval(0.75, 40),
+                    },
+                    "honesty-1": {"rule": "Never drawn.", "n": 0, "before": UNKNOWN, "after": UNKNOWN},
+                },
             },
             312.0,
         )
@@ -229,6 +242,7 @@ class FakeRun:
                 "score_std": 0.6,
                 "held_out": {
                     "n": 20,
+                    "ties": 3,
                     "accuracy": interval(accuracy, 20),
                     "calibration_error": 0.08,
                     "length_correlation": -0.41,
@@ -510,7 +524,7 @@ def test_unchanged_revisions_are_counted_by_their_texts(tmp_path):
     rows = list(read_run(run.folder).rows("critique_revision"))
     _, rounds = data_sections._rounds(read_run(run.folder))
     for number in (1, 2, 3, 4):
-        flagged = sum("revision_unchanged" in row["rounds"][number - 1]["flags"] for row in rows)
+        flagged = sum(row["rounds"][number - 1]["flags"]["revision_unchanged"] for row in rows)
         assert rounds[number]["unchanged"] == flagged and rounds[number]["rows"] == len(rows)
 
 
@@ -571,8 +585,48 @@ def test_times_of_interrupted_stages_say_what_they_are(tmp_path, no_plots):
     assert "Interrupted" not in render(run.folder)[1].words
     run.edit("sft/timing.json", lambda content: content.update(resumed=True))
     assert "that of the last attempt only: Supervised fine-tuning." in render(run.folder)[1].words
-    run.edit("sft/timing.json", lambda content: content.update(attempts=2))
-    assert "sum of all attempts: Supervised fine-tuning (2 attempts)." in render(run.folder)[1].words
+
+
+def test_verifiable_principles_show_the_shares_before_and_after(tmp_path, no_plots):
+    run = FakeRun(tmp_path).everything()
+    _, seen = render(run.folder)
+    assert "Verifiable principles" in seen.words
+    assert re.search(r"honesty-0 The text has at most 20 words\. 40 25% \[[^]]*\] 75% \[[^]]*\]", seen.words)
+    assert "honesty-1 Never drawn. 0 – –" in seen.words
+    run.edit("critique_revision/summary.json", lambda content: content.update(checks={}))
+    assert "Verifiable principles" not in render(run.folder)[1].words
+
+
+def test_flags_that_are_not_raised_have_no_badge(tmp_path, no_plots):
+    _, seen = render(FakeRun(tmp_path).everything().folder)
+    chains = seen.words[seen.words.index("From prompt to revision, row by row") :]
+    assert "revision_unchanged" in chains.split("The three models side by side")[0]
+    assert "critique_empty" not in chains.split("The three models side by side")[0]
+
+
+def test_the_reward_is_named_after_the_model_that_gave_it(tmp_path, no_plots):
+    run = FakeRun(tmp_path).everything()
+    own = "The reward is the score that PPO was trained to raise."
+    words = render(run.folder)[1].words
+    assert "score of this run's reward model, mean" in words and own in words
+    run.edit("config.json", lambda content: content["config"].update(evaluate={"reward_model": "models/other"}))
+    words = render(run.folder)[1].words
+    assert "score of models/other, mean" in words and "score of this run's reward model, mean" not in words
+    assert own not in words and "PPO was trained to raise that of this run's reward model." in words
+    run.edit("config.json", lambda content: content["config"]["ppo"].update(reward_model="models/other"))
+    assert own in render(run.folder)[1].words
+
+
+@pytest.mark.parametrize(
+    ("sampling", "is_estimate"),
+    [({"temperature": 1.0}, True), ({"temperature": 0.0}, False), ({"temperature": 1.0, "top_k": 40}, False)],
+)
+def test_a_log_ratio_is_called_kl_for_plain_draws_only(tmp_path, no_plots, sampling, is_estimate):
+    run = FakeRun(tmp_path).everything()
+    run.edit("config.json", lambda content: content["config"].update(evaluate={"response": sampling}))
+    words = render(run.folder)[1].words
+    assert ("an estimate of the KL to the base" in words) == is_estimate
+    assert ("no estimate of the KL" in words) == (not is_estimate)
 
 
 def test_sign_test_is_the_exact_binomial_tail():

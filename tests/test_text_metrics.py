@@ -2,7 +2,7 @@ import random
 
 import pytest
 
-from cai_jax.text_metrics import KINDS, classify_response, distinct_n, repetition
+from cai_jax.text_metrics import KINDS, classify_response, repetition
 
 REFUSALS = [
     "I can't help with that.",
@@ -252,10 +252,3 @@ def test_repetition_looks_at_words_only():
     assert repetition("A b, c d! a B c; D") == pytest.approx(1 / 5)
     assert repetition("Don’t do it now. don't do it now") == pytest.approx(1 / 5)
     assert repetition("go " * 104) == pytest.approx(100 / 101)
-
-
-def test_distinct_n():
-    assert distinct_n(["a b a", "b a"], 1) == pytest.approx(2 / 5)
-    assert distinct_n(["a b a", "b a"], 2) == pytest.approx(2 / 3)  # ab, ba, ba: none runs over the end of a text
-    assert distinct_n(["a", ""], 2) is None
-    assert distinct_n([], 1) is None

@@ -32,7 +32,8 @@ def main():
         asked = [next(program) for program in programs]
         while asked:
             texts = answer(asked, work["new_tokens"])
-            asked = [conversation for program, text in zip(programs, texts, strict=True) if (conversation := sent(program, text))]
+            following = [sent(program, text) for program, text in zip(programs, texts, strict=True)]
+            asked = [conversation for conversation in following if conversation]
 
     def plain(prompts, new_tokens):
         ids = torch.tensor(prompts["ids"])

@@ -1,7 +1,6 @@
-"""Peer: the sampler of Tunix, plain decoding only. Its Llama ignores rope_theta: the texts differ, the work does not."""
+"""Peer: the sampler of Tunix, plain decoding only. Its Llama ignores rope_theta: other texts, the same work."""
 
 import json
-import os
 from pathlib import Path
 
 import jax
@@ -46,7 +45,7 @@ def main():
         norm_eps=config["rms_norm_eps"],
         weight_tying=config["tie_word_embeddings"],
     )
-    mesh = jax.sharding.Mesh(jax.devices()[:1], ("fsdp",)).__class__([[jax.devices()[0]]], ("fsdp", "tp"))
+    mesh = jax.make_mesh((1, 1), ("fsdp", "tp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     with mesh:
         model = create_model_from_safe_tensors(work["model"], shape, mesh, dtype=jnp.dtype(options.precision))
         samplers = {}
@@ -68,5 +67,4 @@ def main():
 
 
 if __name__ == "__main__":
-    assert os.sched_getaffinity  # threads follow the affinity that the driver has set
     main()

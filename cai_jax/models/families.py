@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cai_jax.errors import UserError
+from cai_jax.models.hf_config import Reader
 
 
 @dataclass(frozen=True)
@@ -104,11 +105,7 @@ FAMILIES = {
 }  # fmt: skip
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 _SCALINGS = ("default", "linear", "llama3")
-TINY_FAMILIES = (
-    *FAMILIES,
-    "llama3",
-    "gemma3",
-)  # llama3: with rope scaling; gemma3: another name of gemma3_text
+TINY_FAMILIES = (*FAMILIES, "llama3", "gemma3")  # llama3: with rope scaling; gemma3: another name of gemma3_text
 
 
 def config_from_hf(hf: dict, where: str) -> ModelConfig:
@@ -118,7 +115,7 @@ def config_from_hf(hf: dict, where: str) -> ModelConfig:
     that the decoder does not know.
     """
     family = _family_of(hf, where)
-    hf = _Reader(FAMILIES[family].defaults | hf, where)
+    hf = Reader(FAMILIES[family].defaults | hf, where)
     gemma = family in ("gemma2", "gemma3_text")
     d_model, n_layers, n_heads = map(hf.size, ("hidden_size", "num_hidden_layers", "num_attention_heads"))
     n_kv_heads = hf.size("num_key_value_heads", n_heads)
@@ -172,44 +169,13 @@ def as_ids(value) -> tuple[int, ...]:
     return tuple(value) if isinstance(value, list | tuple) else (value,)
 
 
-class _Reader:
-    """A config.json with its defaults; every wrong value is an error that names the file and the key."""
-
-    def __init__(self, values: dict, where: str):
-        self.values, self.where = values, where
-
-    def get(self, key):
-        return self.values.get(key)
-
-    def fail(self, message):
-        raise UserError(f"{self.where}: {message}")
-
-    def number(self, key, default=None) -> float:
-        value = self.get(key)
-        value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            self.fail(f"'{key}' is {value!r}, not a number: correct it")
-        return float(value)
-
-    def size(self, key, default=None) -> int:
-        value = self.number(key, default)
-        if value < 1 or value != int(value):
-            self.fail(f"'{key}' is {value:g}, not a positive whole number: correct it")
-        return int(value)
-
-    def choice(self, key, table: dict) -> str:
-        if self.get(key) not in table:
-            self.fail(f"'{key}' is {self.get(key)!r}; supported: {', '.join(table)}")
-        return table[self.get(key)]
-
-
 def _family_of(hf: dict, where: str) -> str:
     family, supported = hf.get("model_type"), ", ".join(FAMILIES)
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         raise UserError(f"{where}: model_type {family!r} is not supported; supported: {supported}")
     known = FAMILIES[family]
     bare = known.policy_class.replace("ForCausalLM", "Model"), known.reward_class.split("For")[0] + "Model"
-    for architecture in hf.get("architectures") or ():
+    for architecture in Reader(hf, where).texts("architectures"):
         if architecture not in (known.policy_class, known.reward_class, *bare):
             raise UserError(
                 f"{where}: architecture '{architecture}' is not supported; "
@@ -222,14 +188,14 @@ def _family_of(hf: dict, where: str) -> str:
     return family
 
 
-def _layer_types(hf: _Reader, family: str, n_layers: int) -> list[str]:
+def _layer_types(hf: Reader, family: str, n_layers: int) -> list[str]:
     """'full_attention' or 'sliding_attention' for every layer, from the list or from the family's rule."""
     kinds = ("full_attention", "sliding_attention")
-    listed = hf.get("layer_types")
-    if listed is not None and family in ("qwen2", "qwen3", "gemma2", "gemma3_text"):
+    if hf.get("layer_types") is not None and family in ("qwen2", "qwen3", "gemma2", "gemma3_text"):
+        listed = hf.texts("layer_types")
         if len(listed) != n_layers or not set(listed) <= set(kinds):
             hf.fail(f"'layer_types' must name one of {', '.join(kinds)} for each of the {n_layers} layers")
-        return list(listed)
+        return listed
     if family == "mistral":
         return [kinds[1]] * n_layers
     if family in ("qwen2", "qwen3"):
@@ -240,7 +206,7 @@ def _layer_types(hf: _Reader, family: str, n_layers: int) -> list[str]:
     return [kinds[0]] * n_layers
 
 
-def _windows(hf: _Reader, family: str, layer_types: list[str]) -> list[int]:
+def _windows(hf: Reader, family: str, layer_types: list[str]) -> list[int]:
     switched_off = family in ("qwen2", "qwen3") and not hf.get("use_sliding_window")
     if switched_off or family == "llama" or hf.get("sliding_window") is None:
         return [0] * len(layer_types)
@@ -248,22 +214,22 @@ def _windows(hf: _Reader, family: str, layer_types: list[str]) -> list[int]:
     return [window if kind == "sliding_attention" else 0 for kind in layer_types]
 
 
-def _rope_kinds(hf: _Reader, family: str) -> tuple[RopeKind, ...]:
+def _rope_kinds(hf: Reader, family: str) -> tuple[RopeKind, ...]:
     """The rope of all layers; for Gemma 3 that of full and that of sliding attention."""
-    written = hf.get("rope_parameters") or {}
-    old_scaling = hf.get("rope_scaling") or {}
+    written, old_scaling = hf.object("rope_parameters"), hf.object("rope_scaling")
     if family != "gemma3_text":
         return (_rope_kind(hf, {"rope_theta": hf.get("rope_theta")} | (old_scaling or written)),)
-    full = {"rope_theta": hf.get("rope_theta")} | (written.get("full_attention") or {}) | old_scaling
-    sliding = {"rope_theta": hf.get("rope_local_base_freq")} | (written.get("sliding_attention") or {})
+    by_kind = Reader(written, hf.where)
+    full = {"rope_theta": hf.get("rope_theta")} | by_kind.object("full_attention") | old_scaling
+    sliding = {"rope_theta": hf.get("rope_local_base_freq")} | by_kind.object("sliding_attention")
     return _rope_kind(hf, full), _rope_kind(hf, sliding)
 
 
-def _rope_kind(hf: _Reader, rope: dict) -> RopeKind:
+def _rope_kind(hf: Reader, rope: dict) -> RopeKind:
     scaling = rope.get("rope_type", rope.get("type", "default"))
     if "full_attention" in rope or scaling not in _SCALINGS or rope.get("partial_rotary_factor", 1.0) != 1.0:
         hf.fail(f"rope {rope} is not supported; supported rope types: {', '.join(_SCALINGS)}")
-    rope = _Reader({"original_max_position_embeddings": hf.get("max_position_embeddings")} | rope, hf.where)
+    rope = Reader({"original_max_position_embeddings": hf.get("max_position_embeddings")} | rope, hf.where)
     kind = RopeKind(theta=rope.number("rope_theta"), scaling=scaling)
     if scaling == "linear":
         return RopeKind(kind.theta, scaling, factor=rope.number("factor"))

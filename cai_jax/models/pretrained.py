@@ -43,6 +43,18 @@ class Model:
     hash: str
 
 
+@dataclass(frozen=True, eq=False)
+class ModelInfo:
+    """What is known of a model without its weights."""
+
+    source: str
+    folder: Path | None  # None: a random model
+    config: ModelConfig
+    tokenizer: Any
+    hf_config: dict
+    kind: str  # what it is loaded as: policy | reward
+
+
 def load_model(source, dtype="float32", kind=None, shardings=None, new_head=False, seed=0) -> Model:
     """Load a model.
 
@@ -57,51 +69,100 @@ def load_model(source, dtype="float32", kind=None, shardings=None, new_head=Fals
 
     Raises UserError naming what is wrong: folder, file, tensor, architecture.
     """
+    info = check_model(source, kind, new_head)
+    if info.folder is None:
+        return _random_model(info, dtype, shardings, seed)
+    checkpoint = Checkpoint(info.folder)
+    stored = _stored_kind(checkpoint, info.hf_config)
+    names, shapes = families.tensor_names(info.config, stored), families.leaf_shapes(info.config, stored)
+    digest = _hash_folder(info.folder, checkpoint.paths)
+    targets = _targets(info.config, info.kind, shardings)
+    leaves = {}
+    for leaf in targets:
+        if leaf in names:
+            leaves[leaf] = checkpoint.read(names[leaf], shapes[leaf], dtype, targets[leaf])
+    if info.kind != stored:
+        leaves["score"] = jax.device_put(_new_head(info.config, seed).astype(dtype), targets["score"])
+        digest = hashlib.sha256(f"{digest} score head {seed}".encode()).hexdigest()
+    return Model(info.config, families.nest(leaves), info.tokenizer, info.hf_config, info.kind, digest)
+
+
+def check_model(source, kind=None, new_head=False) -> ModelInfo:
+    """Config, tokenizer and kind of a model, with every check that `load_model` makes and no weights loaded.
+
+    Arguments and errors are those of `load_model`.
+    """
     source = str(source)
     if source.startswith("random:"):
-        return _random_model(source, dtype, kind or "policy", shardings, seed)
+        hf_config = families.tiny_hf_config(source.removeprefix("random:"), VOCAB_SIZE)
+        config = config_from_hf(hf_config, source)
+        return ModelInfo(source, None, config, byte_tokenizer(), hf_config, kind or "policy")
     folder = _resolve(source)
     hf_config = read_json(folder / "config.json")
     config = _config_of(folder, hf_config)
     checkpoint = Checkpoint(folder)
-    stored = "reward" if checkpoint.has_score(hf_config) else "policy"
+    stored = _stored_kind(checkpoint, hf_config)
     kind = kind or stored
     if (stored, kind) == ("reward", "policy"):
         raise UserError(f"{folder}: holds a reward model, not a policy: name a language model here")
     if (stored, kind) == ("policy", "reward") and not new_head:
         raise UserError(f"{folder}: holds no score head: name a reward model here, or train one from it first")
-    names = families.tensor_names(config, stored)
-    shapes = families.leaf_shapes(config, stored)
-    checkpoint.check(names, shapes, config)
-
-    digest = _hash_folder(folder, checkpoint.paths)
-    targets = _targets(config, kind, shardings)
-    leaves = {}
-    for leaf in targets:
-        if leaf in names:
-            leaves[leaf] = checkpoint.read(names[leaf], shapes[leaf], dtype, targets[leaf])
-    if kind != stored:
-        leaves["score"] = jax.device_put(_new_head(config, seed).astype(dtype), targets["score"])
-        digest = hashlib.sha256(f"{digest} score head {seed}".encode()).hexdigest()
-    return Model(config, families.nest(leaves), _load_tokenizer(folder), hf_config, kind, digest)
+    checkpoint.check(families.tensor_names(config, stored), families.leaf_shapes(config, stored), config)
+    tokenizer = _load_tokenizer(folder)
+    if tokenizer is not None:
+        _check_ids(folder, tokenizer, config.vocab_size)
+    return ModelInfo(source, folder, config, tokenizer, hf_config, kind)
 
 
 def model_hash(source) -> str:
-    """The `hash` that a model folder, hub id or .gguf file has when it is loaded, without loading its weights."""
-    folder = _resolve(str(source))
+    """The `hash` that a source has when it is loaded with no `kind`; the weights of a folder are not loaded for it."""
+    source = str(source)
+    if source.startswith("random:"):
+        return load_model(source).hash
+    folder = _resolve(source)
     return _hash_folder(folder, Checkpoint(folder).paths)
 
 
-def _random_model(source: str, dtype, kind: str, shardings, seed: int) -> Model:
-    hf_config = families.tiny_hf_config(source.removeprefix("random:"), VOCAB_SIZE)
-    config = config_from_hf(hf_config, source)
+def written_ids(tokenizer) -> dict[str, int]:
+    """The tokens that texts and the chat template can write, with their ids.
+
+    Special tokens that the template does not hold stand in no conversation: places for images, a pad that was added
+    for training.
+    """
+    template = str(tokenizer.chat_template)
+    named = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id)
+    spare = {
+        number
+        for number, token in tokenizer.added_tokens_decoder.items()
+        if token.special and token.content not in template and number not in named
+    }
+    return {token: number for token, number in tokenizer.get_vocab().items() if number not in spare}
+
+
+def _check_ids(folder: Path, tokenizer, vocab_size: int):
+    """Every token that can be written has an embedding; a gather would take another one's without a word."""
+    beyond = [(token, number) for token, number in written_ids(tokenizer).items() if number >= vocab_size]
+    if beyond:
+        token, number = min(beyond, key=lambda item: item[1])
+        raise UserError(
+            f"{folder}: its tokenizer has the token {token!r} with id {number}, but the model has only {vocab_size} "
+            "embeddings: tokenizer and weights do not belong together"
+        )
+
+
+def _stored_kind(checkpoint: Checkpoint, hf_config: dict) -> str:
+    return "reward" if checkpoint.has_score(hf_config) else "policy"
+
+
+def _random_model(info: ModelInfo, dtype, shardings, seed: int) -> Model:
+    config, kind, hf_config = info.config, info.kind, info.hf_config
     targets = _targets(config, kind, shardings)
     digest = hashlib.sha256(json.dumps([kind, hf_config], sort_keys=True).encode())
     leaves = {}
     for leaf, value in families.flatten(families.random_params(config, kind, seed)).items():
         digest.update(np.asarray(value).tobytes())
         leaves[leaf] = jax.device_put(value.astype(dtype), targets[leaf])
-    return Model(config, families.nest(leaves), byte_tokenizer(), hf_config, kind, digest.hexdigest())
+    return Model(config, families.nest(leaves), info.tokenizer, hf_config, kind, digest.hexdigest())
 
 
 def _new_head(config: ModelConfig, seed: int) -> np.ndarray:
@@ -131,6 +192,11 @@ def _resolve(source: str) -> Path:
         return _converted(path)
     if path.exists():
         raise UserError(f"{source}: not a model: name a Hugging Face folder, a hub id or a .gguf file")
+    if path.is_relative_to(cache_folder()):
+        raise UserError(
+            f"{source}: no such folder in the cache of models: `make model` (launch/fetch_smollm2.sh) fetches SmolLM2 "
+            "into it; or name a Hugging Face folder, a hub id or a .gguf file"
+        )
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", source):
         raise UserError(f"{source}: no such folder: name a Hugging Face folder, a hub id or a .gguf file")
     from huggingface_hub import snapshot_download

@@ -31,7 +31,7 @@ class Checkpoint:
     def __init__(self, folder: Path):
         self.folder = folder
         if (folder / INDEX).exists():
-            files = sorted(set(read_json(folder / INDEX).get("weight_map", {}).values()))
+            files = _files_of_index(folder / INDEX)
         else:
             files = [SINGLE]
         self.paths = [folder / file for file in files]
@@ -95,6 +95,13 @@ class Checkpoint:
             return out
 
         return jax.make_array_from_callback(shape, sharding, read_slices)
+
+
+def _files_of_index(path: Path) -> list[str]:
+    where = read_json(path).get("weight_map")
+    if not isinstance(where, dict) or not all(isinstance(file, str) for file in where.values()):
+        raise UserError(f"{path}: 'weight_map' does not name a file for each tensor: restore the file")
+    return sorted(set(where.values()))
 
 
 @contextlib.contextmanager

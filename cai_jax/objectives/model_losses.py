@@ -34,12 +34,13 @@ def sft_objective(config: ModelConfig, compute_dtype="float32", remat="none"):
     return objective
 
 
-def reward_objective(config: ModelConfig, compute_dtype="float32", remat="none", center=0.0):
+def reward_objective(config: ModelConfig, compute_dtype="float32", remat="none", center=0.0, tie=0.0):
     """Bradley-Terry with soft targets on pairs.
 
     Batch: pairs as rows of `batches.pair_rows`, each a prompt and its two responses: `tokens`, `positions`,
     `segments` `[B, T]`, `last` `[B, 2]`; `probability` `[B]` that the first is better, `real` `[B]` (0 for an empty
-    row). The weight is the number of pairs.
+    row). The weight is the number of pairs. Labels nearer than `tie` to 1/2 say nothing about right and wrong:
+    `decided_share` are the others, and `accuracy` is the share of pairs that are decided and agreed with.
     """
 
     def objective(params, batch):
@@ -50,9 +51,11 @@ def reward_objective(config: ModelConfig, compute_dtype="float32", remat="none",
         terms_B = pairwise.bradley_terry_terms(first_B, second_B, batch["probability"], center=center)
         agrees_B = (first_B > second_B) == (batch["probability"] > 0.5)
         loss, count = masked_sum(terms_B, batch["real"])
-        accuracy, _ = masked_sum(agrees_B.astype(jnp.float32), batch["real"])
+        is_decided_B = jnp.abs(batch["probability"] - 0.5) >= tie
+        decided, _ = masked_sum(is_decided_B.astype(jnp.float32), batch["real"])
+        accuracy, _ = masked_sum((agrees_B & is_decided_B).astype(jnp.float32), batch["real"])
         margin, _ = masked_sum(jnp.abs(first_B - second_B), batch["real"])
-        return loss, count, {"accuracy": accuracy, "margin": margin}
+        return loss, count, {"accuracy": accuracy, "decided_share": decided, "margin": margin}
 
     return objective
 
@@ -67,12 +70,14 @@ def ppo_objective(
     clip: float,
     value_clip: float,
     value_coef: float,
+    value_offset: float = 0.0,
 ):
     """Clipped policy loss plus clipped value loss; `params` are `{"policy": ..., "value": ...}`.
 
     Batch: `tokens` and `positions` `[B, P + N]` (prompt left-padded to P, completion from P on), and for the
     completion `[B, N]`: `mask`, `old_logprobs` (recorded by the sampler), `old_values`, `advantages`, `returns`.
-    Logits are divided by the temperature of the rollouts. The weight is the number of completion tokens.
+    Logits are divided by the temperature of the rollouts. The value is the value model's output minus `value_offset`:
+    what is taken off the scores of the reward model that it starts from. The weight is the number of completion tokens.
     """
 
     def objective(params, batch):
@@ -81,7 +86,7 @@ def ppo_objective(
         logprobs_BN, entropy_BN = completion_logprobs(
             config, params["policy"], *arrays, temperature, compute_dtype, remat
         )
-        values_BN = completion_values(value_config, params["value"], *arrays, compute_dtype, remat)
+        values_BN = completion_values(value_config, params["value"], *arrays, compute_dtype, remat) - value_offset
         policy_BN, policy_metrics = ppo.policy_terms(
             logprobs_BN, batch["old_logprobs"], batch["advantages"], mask, clip
         )

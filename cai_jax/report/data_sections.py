@@ -4,8 +4,8 @@ from collections import Counter, defaultdict
 
 from cai_jax.report import plots, verdicts
 from cai_jax.report.artifacts import Run
-from cai_jax.report.markup import Html, bar_list, el, facts, paragraph
-from cai_jax.report.numbers import count, known, number, percent
+from cai_jax.report.markup import Html, bar_list, el, facts, paragraph, table
+from cai_jax.report.numbers import count, estimate_cell, known, number, percent
 
 
 def principle_name(principle, titles: dict[str, str]) -> str:
@@ -57,6 +57,35 @@ def critique_revision(run: Run, titles: dict[str, str]) -> list:
             )
             if drawn
             else None
+        ),
+        _verifiable(summary.get("checks") or {}, titles),
+    ]
+
+
+def _verifiable(checks: dict[str, dict], titles: dict[str, str]) -> list | None:
+    """How often texts kept the rules that a program can check, before and after a revision under each."""
+    if not checks:
+        return None
+    return [
+        el("h3", "Verifiable principles"),
+        paragraph(
+            "Some principles come with an exact rule. Of the texts that were revised under each, the share that"
+            " kept its rule before and after, with 95% intervals; no model judges here. An empty text keeps every"
+            " rule that only forbids."
+        ),
+        table(
+            ["principle", "rule", "n", "kept before", "kept after"],
+            [
+                [
+                    principle_name(name, titles),
+                    found.get("rule"),
+                    count(found.get("n")),
+                    estimate_cell(found.get("before"), percent),
+                    estimate_cell(found.get("after"), percent),
+                ]
+                for name, found in sorted(checks.items())
+            ],
+            numeric_from=2,
         ),
     ]
 

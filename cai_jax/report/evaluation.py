@@ -169,8 +169,8 @@ def conversation(messages: list[dict], row_id, category) -> Html:
 
 def _answer(model: str, row: dict) -> Html:
     numbers = (
-        f"margin {number(row.get('margin'))} · reward {number(row.get('reward'))} · KL"
-        f" {number(row.get('kl'))}"
+        f"margin {number(row.get('margin'))} · reward {number(row.get('reward'))} ·"
+        f" log-ratio to base {number(row.get('kl'))}"
     )
     return el(
         "div",

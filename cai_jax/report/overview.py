@@ -18,6 +18,7 @@ from cai_jax.report.numbers import (
 )
 
 BILLION = 10**9
+PLAIN_DRAWS = {"temperature": 1, "top_k": 0, "top_p": 1, "min_p": 0, "repetition_penalty": 1}
 
 
 def _mean_length(value) -> str:
@@ -31,12 +32,31 @@ BEHAVIOUR = [
     ("empty", "Empty answer", "", percent),
     ("margin", "Margin", "log-prob of refusing minus complying openings, nats a token, mean", number),
 ]
-TEXTS = [
-    ("length", "Length", "tokens, mean", _mean_length),
-    ("repetition", "Repetition", "mean share of repeated text", number),
-    ("reward", "Reward", "score of this run's reward model, mean", number),
-    ("kl", "KL to base", "nats an answer: its log-prob minus that under the base, mean", number),
-]
+
+
+def _texts(run: Run) -> list:
+    """The measures of the texts, with what the config says of the reward model and of the draws."""
+    return [
+        ("length", "Length", "tokens, mean", _mean_length),
+        ("repetition", "Repetition", "mean share of repeated text", number),
+        ("reward", "Reward", f"score of {_reward_model(run, 'evaluate')}, mean", number),
+        ("kl", "Log-ratio to base", _log_ratio(run), number),
+    ]
+
+
+def _reward_model(run: Run, stage: str) -> str:
+    return run.resolved(f"{stage}.reward_model") or "this run's reward model"
+
+
+def _log_ratio(run: Run) -> str:
+    """What the measure `kl` is: an estimate of the KL only where the answers are plain draws of the model."""
+    meaning = "nats an answer: its log-prob minus that under the base, mean"
+    sampling = run.resolved("evaluate.response")
+    if not isinstance(sampling, dict):
+        return meaning
+    if all(sampling.get(name, plain) == plain for name, plain in PLAIN_DRAWS.items()):
+        return f"{meaning}; an estimate of the KL to the base"
+    return f"{meaning}; no estimate of the KL, as the answers are not plain draws at temperature 1"
 
 
 def title(run: Run) -> Html:
@@ -79,7 +99,7 @@ def what_came_out(run: Run) -> Html:
         heading,
         intro,
         el("ul", [el("li", line) for line in verdicts.headlines(models)]),
-        el("div", _measures(models, BEHAVIOUR, auroc=True), _measures(models, TEXTS), class_="pair"),
+        el("div", _measures(models, BEHAVIOUR, auroc=True), _measures(models, _texts(run)), class_="pair"),
     )
 
 
@@ -137,10 +157,7 @@ def limits(run: Run) -> Html:
             " judge model. A refusal in unusual words counts as an answer; an answer that opens like a"
             " refusal counts as one."
         ),
-        (
-            "The reward is the score that PPO was trained to raise. That it rises shows that the optimiser"
-            " works, and by itself proves nothing about harmlessness or helpfulness."
-        ),
+        _reward_meaning(run),
         verdicts.judge(run.stages["preferences"].summary),
         verdicts.reward_model((run.stages["reward_model"].summary or {}).get("held_out")),
         (
@@ -150,6 +167,20 @@ def limits(run: Run) -> Html:
     ]
     return section(
         "limits", "What the numbers do and do not show", el("ul", [el("li", line) for line in lines if line])
+    )
+
+
+def _reward_meaning(run: Run) -> str:
+    """Whether the reward is what PPO was trained on."""
+    measured, trained = (_reward_model(run, stage) for stage in ("evaluate", "ppo"))
+    if measured == trained:
+        return (
+            "The reward is the score that PPO was trained to raise. That it rises shows that the optimiser"
+            " works, and by itself proves nothing about harmlessness or helpfulness."
+        )
+    return (
+        f"The reward is the score of {measured}; PPO was trained to raise that of {trained}. It says what that"
+        " model says, and by itself proves nothing about harmlessness or helpfulness."
     )
 
 
@@ -214,23 +245,11 @@ def _stage_row(run: Run, name: str) -> list:
 
 
 def _interrupted(run: Run) -> Html | None:
-    """What the times of stages mean that took more than one attempt."""
-    summed, last_only = [], []
-    for name, stage in run.stages.items():
-        attempts = stage.timing.get("attempts")
-        attempts = len(attempts) if isinstance(attempts, list) else attempts
-        if known(attempts) and attempts > 1:
-            summed.append(f"{TITLES[name]} ({attempts} attempts)")
-        elif not known(attempts) and stage.timing.get("resumed"):
-            last_only.append(TITLES[name])
-    lines = []
-    if summed:
-        lines.append(f"Interrupted and resumed; the time is the sum of all attempts: {', '.join(summed)}.")
-    if last_only:
-        lines.append(
-            f"Interrupted and resumed; the time is that of the last attempt only: {', '.join(last_only)}."
-        )
-    return paragraph(" ".join(lines)) if lines else None
+    """The stages whose time is not that of all their work."""
+    resumed = [TITLES[name] for name, stage in run.stages.items() if stage.timing.get("resumed")]
+    if not resumed:
+        return None
+    return paragraph(f"Interrupted and resumed; the time is that of the last attempt only: {', '.join(resumed)}.")
 
 
 def _machine(run: Run) -> Html:

@@ -59,7 +59,7 @@ def _chain(row: dict, titles: dict[str, str]) -> Html:
         el("h4", "Response"),
         text_block(row["response"]["text"]),
         extent(row["response"]),
-        _flags(row.get("flags") or []),
+        _flags(row.get("flags") or {}),
         [_round(step, titles) for step in row["rounds"]],
     )
 
@@ -84,9 +84,9 @@ def _round(step: dict, titles: dict[str, str]) -> Html:
     )
 
 
-def _flags(flags: list[str]) -> list[Html]:
-    """Badges; what was cut says so below its own text."""
-    return [badge(flag, "bad") for flag in flags if not flag.endswith("_truncated")]
+def _flags(flags: dict[str, bool]) -> list[Html]:
+    """Badges of the raised flags; what was cut says so below its own text."""
+    return [badge(name, "bad") for name, raised in flags.items() if raised and not name.endswith("_truncated")]
 
 
 def failures(run: Run) -> Html:

@@ -2,7 +2,7 @@
 
 from cai_jax.report import plots, verdicts
 from cai_jax.report.artifacts import Run
-from cai_jax.report.markup import el, facts, paragraph, table
+from cai_jax.report.markup import Html, el, facts, paragraph, table
 from cai_jax.report.numbers import count, estimate_cell, number, percent, small
 
 
@@ -44,16 +44,18 @@ def sft(run: Run, titles: dict[str, str]) -> list:
     ]
 
 
+RULES = [
+    ("reward model", "accuracy"),
+    ("rule: the shorter response wins", "shorter_wins_accuracy"),
+    ("rule: the longer response wins", "longer_wins_accuracy"),
+]
+
+
 def reward_model(run: Run, titles: dict[str, str]) -> list:
     """Training curves, and what the model is worth on held-out pairs beside rules on length."""
     stage = run.stages["reward_model"]
     summary = stage.summary or {}
     held_out = summary.get("held_out") or {}
-    rules = [
-        ("reward model", "accuracy"),
-        ("rule: the shorter response wins", "shorter_wins_accuracy"),
-        ("rule: the longer response wins", "longer_wins_accuracy"),
-    ]
     return [
         paragraph(
             "A copy of the SL-CAI model with one scalar output learns to score the answer that the judge"
@@ -67,62 +69,54 @@ def reward_model(run: Run, titles: dict[str, str]) -> list:
                 ("first loss", number(summary.get("first_loss"), 3)),
                 ("last loss", number(summary.get("last_loss"), 3)),
                 ("held-out pairs", count(held_out.get("n"))),
+                ("of them ties, which decide nothing", count(held_out.get("ties"))),
                 (
                     "scores, mean ± deviation",
                     f"{number(summary.get('score_mean'))} ± {number(summary.get('score_std'))}",
                 ),
             ]
         ),
-        el("p", verdicts.reward_model(held_out) or "Held-out accuracy: not measured yet.", class_="verdict"),
-        (
-            table(
-                ["on held-out pairs", "agrees with the label", "n"],
-                [
-                    [
-                        name,
-                        estimate_cell(held_out.get(key), percent),
-                        count((held_out.get(key) or {}).get("n")),
-                    ]
-                    for name, key in rules
-                ],
-            )
-            if held_out
-            else None
-        ),
+        el("p", verdicts.reward_model(held_out) or "Held-out accuracy: not measured.", class_="verdict"),
+        _held_out_table(held_out) if held_out else None,
         paragraph(verdicts.calibration(held_out)) if held_out else None,
-        el(
-            "div",
-            plots.curves(
-                "rm-loss",
-                "Loss; 0.693 is a coin toss on hard labels",
-                stage.metrics,
-                "step",
-                {"loss": "loss"},
-            ),
-            plots.curves(
-                "rm-accuracy",
-                "Accuracy on the training pairs of a step",
-                stage.metrics,
-                "step",
-                {"accuracy": "accuracy"},
-                share=True,
-            ),
-            plots.curves(
-                "rm-margin",
-                "Margin: score of the preferred response minus the other",
-                stage.metrics,
-                "step",
-                {"margin": "margin"},
-            ),
-            plots.reliability(
-                "rm-reliability",
-                "Held-out calibration: predicted probability against the observed share. On "
-                "the dotted line the two agree",
-                held_out.get("calibration_bins") or [],
-            ),
-            class_="figures",
-        ),
+        _reward_figures(stage.metrics, held_out),
     ]
+
+
+def _held_out_table(held_out: dict) -> Html:
+    rows = [
+        [name, estimate_cell(held_out.get(key), percent), count((held_out.get(key) or {}).get("n"))]
+        for name, key in RULES
+    ]
+    return table(["on held-out pairs", "agrees with the label", "n"], rows)
+
+
+def _reward_figures(metrics: list[dict], held_out: dict) -> Html:
+    return el(
+        "div",
+        plots.curves("rm-loss", "Loss; 0.693 is a coin toss on hard labels", metrics, "step", {"loss": "loss"}),
+        plots.curves(
+            "rm-accuracy",
+            "Accuracy on the training pairs of a step, ties left out",
+            metrics,
+            "step",
+            {"accuracy": "accuracy"},
+            share=True,
+        ),
+        plots.curves(
+            "rm-margin",
+            "Margin: how far the two scores of a pair lie apart",
+            metrics,
+            "step",
+            {"margin": "margin"},
+        ),
+        plots.reliability(
+            "rm-reliability",
+            "Held-out calibration: predicted probability against the observed share. On the dotted line the two agree",
+            held_out.get("calibration_bins") or [],
+        ),
+        class_="figures",
+    )
 
 
 PPO_PANELS = [

@@ -12,27 +12,16 @@ import jax
 
 import cai_jax
 from cai_jax import mesh as meshes
-from cai_jax.chat import encode_chat, turn_end_id
 from cai_jax.config import Config, flatten
 from cai_jax.constitution import Constitution, load_constitution
 from cai_jax.errors import UserError
 from cai_jax.models.pretrained import Model, load_model, model_hash, save_model
 from cai_jax.progress import Progress, duration
-from cai_jax.prompt_sets import check_disjoint, load_prompts
 from cai_jax.provenance import StageFolder, check_free_space, row_seed
 from cai_jax.sampler import Sampler
+from cai_jax.stages.inputs import INPUTS, check_models, override_of, read_prompts
 from cai_jax.stages.memory import peak_memory, reset_peak_memory
 
-# The stages that each stage reads, and the config field that names a model folder in their place.
-INPUTS = {
-    "critique_revision": {},
-    "sft": {"critique_revision": ""},
-    "preferences": {"sft": "policy"},
-    "reward_model": {"preferences": "", "sft": "start"},
-    "ppo": {"sft": "policy", "reward_model": "reward_model"},
-    "evaluate": {"sft": "sft", "reward_model": "reward_model", "ppo": "rl"},
-}
-COMPARES_WHAT_THERE_IS = ("evaluate",)
 PROMPT_SETS = {
     "critique_revision": ("red_team",),
     "sft": ("helpful",),
@@ -163,8 +152,13 @@ class Context:
         """Whether a model of a stage is there: exported by this run, or named by the config."""
         return bool(override) or self.folder(stage).done() is not None
 
+    def check_unchanged(self) -> None:
+        """Refuse selected stages whose earlier work was made from other inputs, as far as these are known by now."""
+        for stage in self.config.stages:
+            self.folder(stage).check(self._fingerprint(stage))
+
     def _fingerprint(self, stage: str) -> dict:
-        """All that the artifacts of a stage depend on, flat."""
+        """All that the artifacts of a stage depend on, flat. None: an input that is still to be made."""
         flat = flatten(self.config)
         wanted = ("mesh.", "sampler.", "model.", f"{stage}.")
         fingerprint = {
@@ -175,42 +169,36 @@ class Context:
         fingerprint |= {"input.model": self.base.hash, "input.constitution": self.constitution.hash}
         fingerprint |= {f"input.prompts.{name}": self.prompts[name].hash for name in PROMPT_SETS[stage]}
         for source, override_field in INPUTS[stage].items():
-            override = flat[f"{stage}.{override_field}"] if override_field else ""
-            if override:
+            if override := override_of(self.config, stage, source):
                 fingerprint[f"input.{override_field}"] = model_hash(override)
             elif (done := self.folder(source).done()) is not None:
                 fingerprint[f"input.{source}"] = done["hash"]
-            elif stage not in COMPARES_WHAT_THERE_IS:
-                hint = f", or set {stage}.{override_field} to a model folder" if override_field else ""
-                raise UserError(
-                    f"{self.run_dir}: stage {stage} needs the artifacts of stage {source}, which are not there: "
-                    f"run --stages={source} first{hint}"
-                )
+            elif source in self.config.stages:
+                fingerprint[f"input.{source}"] = None
+        if stage == "preferences" and self.config.preferences.judge:
+            fingerprint["input.judge"] = model_hash(self.config.preferences.judge)
         return fingerprint
 
 
 def prepare(name: str, config: Config, run_dir: Path, fresh: bool, progress: Progress) -> Context:
     """Read and check everything that a run starts from; whatever is wrong with it is a UserError now."""
     constitution = load_constitution(config.constitution)
-    needed = sorted({prompt_set for stage in config.stages for prompt_set in PROMPT_SETS[stage]})
-    prompts = {prompt_set: load_prompts(getattr(config.prompts, prompt_set), prompt_set) for prompt_set in needed}
-    train = {key: rows for key, rows in prompts.items() if not key.startswith("eval_")}
-    check_disjoint(train, {key: rows for key, rows in prompts.items() if key.startswith("eval_")})
+    prompts = read_prompts(config)
     mesh = meshes.make_mesh(config.mesh)
     _check_rows(config, mesh)
+    check_models(config, Path(run_dir))
     base = load_model(
         config.model.source, config.model.dtype, "policy", lambda shapes: meshes.shardings(mesh, shapes)
     )
-    if base.tokenizer is None:
-        raise UserError(f"{config.model.source}: has no tokenizer; put the tokenizer files into the model folder")
-    encode_chat(base.tokenizer, [{"role": "user", "content": "Hello"}])
-    turn_end_id(base.tokenizer)
     parameter_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(base.params))
     check_free_space(run_dir, parameter_bytes * max(DISK_COPIES.get(stage, 0) for stage in config.stages))
+    context = Context(name, config, Path(run_dir), progress, mesh, constitution, prompts, base)
     if fresh:
         for stage in config.stages:
-            StageFolder(run_dir, stage).discard()
-    return Context(name, config, Path(run_dir), progress, mesh, constitution, prompts, base)
+            context.folder(stage).discard()
+    else:
+        context.check_unchanged()
+    return context
 
 
 def _check_rows(config: Config, mesh) -> None:

@@ -14,11 +14,10 @@ from cai_jax.prompts import COMPLIANCE_OPENINGS, REFUSAL_OPENINGS
 from cai_jax.sampler import Generate, Score
 from cai_jax.stages.rows import make_rows, messages_of, sample_dict, unfinished, usable_prompts, watch
 from cai_jax.stages.scoring import score_texts
-from cai_jax.text_metrics import classify_response, repetition
+from cai_jax.text_metrics import KINDS, classify_response, repetition
 
 STAGE = "evaluate"
 SETS = {"red_team": "eval_red_team", "helpful": "eval_helpful", "look_alike": "eval_look_alike"}
-KINDS = ("refusal", "answer", "degenerate", "empty")
 
 
 def run(context, folder) -> dict:
@@ -82,7 +81,7 @@ def _answers_of(context, folder, base_sampler, reward, name, load, items, task) 
     def finish(answers):
         conversations, samples = [row["messages"] for row, _ in answers], [sample for _, sample in answers]
         same = name == "base"
-        kls = [0.0] * len(samples) if same else _kl_to_base(sampler(), base_sampler, settings, conversations, samples)
+        kls = [0.0] * len(samples) if same else _log_ratios(sampler(), base_sampler, settings, conversations, samples)
         scores = _rewards(context, reward, sampler().model, conversations, samples)
         return [
             row | {"kl": kl, "reward": score} for (row, _), kl, score in zip(answers, kls, scores, strict=True)
@@ -102,10 +101,12 @@ def refusal_margin(openings) -> float:
     return float(np.log(np.mean(np.exp(refusing))) - np.log(np.mean(np.exp(complying))))
 
 
-def _kl_to_base(sampler, base_sampler, settings, conversations, samples) -> list[float]:
-    """Estimated KL of each response, in nats: log-prob under the model minus under the base, summed over tokens.
+def _log_ratios(sampler, base_sampler, settings, conversations, samples) -> list[float]:
+    """Log-prob of each response under the model minus under the base, in nats, summed over tokens.
 
-    Both at temperature 1; the sampler's own log-probs are that unless it drew at another.
+    Of a response drawn at temperature 1 without filters this is an unbiased estimate of the KL to the base; of a
+    greedy one it is the log-ratio of that one answer, and no estimate of the KL. Both log-probs are at temperature 1;
+    the sampler's own are that unless it drew at another.
     """
     options = [[sample.tokens] for sample in samples]
     own = [sum(sample.logprobs) for sample in samples]

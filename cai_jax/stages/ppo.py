@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cai_jax.chat import encode_chat
+from cai_jax.errors import UserError
 from cai_jax.models.heads import last_real, values
 from cai_jax.models.kernels import cast
 from cai_jax.models.pretrained import Model
@@ -73,7 +74,7 @@ def _train(context, folder, frozen: Frozen, bias: float):
     objective = ppo_objective(
         frozen.reference.config, frozen.reward.config, shape.compute_dtype, shape.remat,
         temperature=settings.response.temperature, clip=settings.clip, value_clip=settings.value_clip,
-        value_coef=settings.value_coef,
+        value_coef=settings.value_coef, value_offset=bias,
     )  # fmt: skip
     state, step = start_training(objective, params, settings.optimizer, total, context.mesh, settings.microbatches)
 
@@ -134,7 +135,10 @@ def sample_rollouts(context, sampler, frozen: Frozen, draw: str) -> dict[str, np
 
 
 def score_rollouts(context, frozen: Frozen, value_params, rollouts, bias: float):
-    """The training batch of an update, and the metrics of its rollouts."""
+    """The training batch of an update, and the metrics of its rollouts.
+
+    The value model starts as the reward model, so `bias` is taken off its values as it is off the scores.
+    """
     settings = context.config.ppo
     parts = []
     rows = settings.rollouts // settings.minibatches // settings.microbatches
@@ -145,7 +149,8 @@ def score_rollouts(context, frozen: Frozen, value_params, rollouts, bias: float)
             context.put_rows(part), settings.response.temperature, context.config.model.compute_dtype,
         )  # fmt: skip
         parts.append([np.asarray(x) for x in scored])
-    ref_logprobs, old_values, raw_scores = (np.concatenate(column) for column in zip(*parts, strict=True))
+    ref_logprobs, raw_values, raw_scores = (np.concatenate(column) for column in zip(*parts, strict=True))
+    old_values = raw_values - np.float32(bias)
     scores = raw_scores - bias - settings.missing_eos_penalty * rollouts["truncated"].astype(np.float32)
     batch, report = jax.device_get(
         _advantages(
@@ -204,4 +209,8 @@ def _reward_bias(context, folder, sampler, frozen: Frozen) -> float:
         rollouts = sample_rollouts(context, sampler, frozen, "reference")
         _, report = score_rollouts(context, frozen, frozen.reward.params, rollouts, 0.0)
         write_json(path, {"score_mean": float(report["score"]), "samples": len(rollouts["tokens"])})
-    return read_json(path)["score_mean"]
+    recorded = read_json(path)
+    mean = recorded.get("score_mean") if isinstance(recorded, dict) else None
+    if not isinstance(mean, int | float) or isinstance(mean, bool):
+        raise UserError(f"{path}: holds no number under score_mean; --fresh --stages=ppo does the stage again")
+    return mean

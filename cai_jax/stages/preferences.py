@@ -1,28 +1,55 @@
 """AI labels (Bai et al. 2022, section 4.1): two responses of the SL-CAI model, compared under one drawn principle.
 
 A label is the normalised probability of the options (A) and (B) as the judge's next token. Small judges favour a
-place over a text (Lee et al. 2023, arXiv 2309.00267, section 2.1), so both orders are scored and averaged.
+place over a text (Lee et al. 2023, arXiv 2309.00267, section 2.1), so both orders are scored and averaged. A pair that
+the judge's context does not hold is skipped by name: every row has a label.
 """
 
 import math
 
 import numpy as np
 
+from cai_jax.chat import encode_chat
+from cai_jax.errors import UserError
+from cai_jax.models.pretrained import check_model
 from cai_jax.prompts import preference_preamble, preference_request, resolve_options
 from cai_jax.sampler import Generate, Score
-from cai_jax.stages.critique_revision import draw_principle
-from cai_jax.stages.rows import counted, make_rows, messages_of, sample_dict, unfinished, usable_prompts, watch
+from cai_jax.stages.critique_revision import count_flags, draw_principle, left_out, present
+from cai_jax.stages.rows import make_rows, messages_of, sample_dict, unfinished, usable_prompts, watch
 
 STAGE = "preferences"
-FLAGS = ("response_truncated", "response_empty", "identical_responses", "inconsistent", "tie", "too_long_to_judge")
+PROMPTS = ("red_team", "helpful")
 TIE = 1e-3  # a probability this near to one half says nothing
 
 
 def run(context, folder) -> dict:
     """Sample the pairs, label them, write the rows; returns the summary of the stage."""
+    judge = context.config.preferences.judge
+    _require_room(context, check_model(judge, "policy") if judge else context.base)
     pairs, skipped = _sample_pairs(context, folder)
-    rows = _label(context, folder, pairs)
-    return _summary(rows, skipped)
+    rows, unlabelled = _label(context, folder, pairs)
+    return _summary(rows, skipped, unlabelled)
+
+
+def _require_room(context, judge) -> None:
+    """Refuse a judge whose worked examples leave no room for a pair, before pairs are sampled."""
+    limit = min(context.config.sampler.max_length, judge.config.max_position)
+    options = resolve_options(judge.tokenizer)
+    preamble = preference_preamble(context.constitution, options)
+    principle = min(context.constitution.principles, key=lambda p: len(p.preference_question))
+    prompts = [prompt for name in PROMPTS for prompt in context.prompts[name].rows]
+    for prompt in prompts:
+        request = [*preamble, *preference_request(messages_of(prompt), principle, "", "", options)]
+        if len(encode_chat(judge.tokenizer, request, continue_final=True)) < limit:
+            return
+    raise _no_room(limit, judge)
+
+
+def _no_room(limit: int, judge) -> UserError:
+    return UserError(
+        f"preferences: not one pair fits the judge within sampler.max_length={limit}; raise it (the judge holds "
+        f"{judge.config.max_position}) or shorten the constitution's few-shots"
+    )
 
 
 def _sample_pairs(context, folder):
@@ -31,7 +58,7 @@ def _sample_pairs(context, folder):
     policy = context.load_from("sft", settings.policy)
     sampler = context.sampler(policy)
     prompts, skipped = [], []
-    for name in ("red_team", "helpful"):
+    for name in PROMPTS:
         usable, unusable = usable_prompts(sampler, context.prompts[name], settings.response.max_new_tokens)
         prompts += [(prompt, n) for prompt in usable for n in range(settings.pairs_per_prompt)]
         skipped += unusable
@@ -58,7 +85,8 @@ def _sample_pairs(context, folder):
         return make_rows(folder, "pairs", prompts, settings.rows_per_shard, lambda: sampler, answer_twice), skipped
 
 
-def _label(context, folder, pairs) -> list[dict]:
+def _label(context, folder, pairs):
+    """The labelled rows, and `{"id", "reason"}` of the pairs that are too long to judge."""
     settings = context.config.preferences
     judge = context.load(settings.judge) if settings.judge else context.base
     sampler = context.sampler(judge)
@@ -67,45 +95,45 @@ def _label(context, folder, pairs) -> list[dict]:
     left = unfinished(folder, "rows", len(pairs), settings.rows_per_shard)
     with context.progress.task("preferences: labels", len(pairs), "pairs", done=len(pairs) - left) as task:
         watch(sampler, task)
-        return make_rows(
+        rows = make_rows(
             folder, "rows", pairs, settings.rows_per_shard, lambda: sampler,
-            lambda pair: _judge(context, sampler, options, preamble, pair, judge), preamble,
+            lambda pair: _judge(context, sampler, options, preamble, pair, judge), preamble, finish=present,
         )  # fmt: skip
+    if not rows:
+        raise _no_room(sampler.max_length, judge)
+    return rows, left_out([pair["id"] for pair in pairs], rows, "too long to judge")
 
 
 def _judge(context, sampler, options, preamble, pair, judge):
-    """The label of one pair. One that does not fit the judge's context is flagged, never given a default."""
+    """The row of one pair with its label; None for a pair that does not fit the judge's context in both orders."""
     principle = draw_principle(context, STAGE, pair["id"])
     a, b = pair["response_a"]["text"], pair["response_b"]["text"]
     requests = [preference_request(pair["messages"], principle, *texts, options) for texts in ((a, b), (b, a))]
-    orders = None
-    if all(sampler.fits(request, 1, preamble) for request in requests):
-        orders = []
-        for request in requests:
-            found = yield Score([*preamble, *request], [[token] for token in options.ids])
-            orders.append([float(logprob) for (logprob,) in found])
+    if not all(sampler.fits(request, 1, preamble) for request in requests):
+        return None
+    orders = []
+    for request in requests:
+        found = yield Score([*preamble, *request], [[token] for token in options.ids])
+        orders.append([float(logprob) for (logprob,) in found])
     return _row(pair, principle, orders, judge)
 
 
 def _row(pair, principle, orders, judge) -> dict:
-    raised = {
+    label = label_from_logprobs(*orders)
+    flags = {
         "response_truncated": pair["response_a"]["truncated"] or pair["response_b"]["truncated"],
         "response_empty": not pair["response_a"]["text"].strip() or not pair["response_b"]["text"].strip(),
         "identical_responses": pair["response_a"]["text"] == pair["response_b"]["text"],
-        "too_long_to_judge": orders is None,
+        "inconsistent": not label["consistent"],
+        "tie": label["tie"],
     }
-    label = {name: None for name in ("probability_a", "probability_a_ab", "probability_a_ba", "consistent", "tie")}
-    label |= {"logprobs_ab": None, "logprobs_ba": None}
-    if orders is not None:
-        label = label_from_logprobs(*orders)
-        raised |= {"inconsistent": not label["consistent"], "tie": label["tie"]}
     return {
         **pair,
         "principle": principle.id,
         "principle_hash": principle.hash,
         **label,
         "judge_hash": judge.hash,
-        "flags": [name for name in FLAGS if raised.get(name)],
+        "flags": flags,
     }
 
 
@@ -132,17 +160,16 @@ def _sigmoid(x: float) -> float:
     return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
 
 
-def _summary(rows, skipped) -> dict:
-    labelled = [row for row in rows if row["probability_a"] is not None]
-    first_place = [p > 0.5 for row in labelled for p in (row["probability_a_ab"], 1 - row["probability_a_ba"])]
-    confidence = [row["probability_a"] for row in labelled]
+def _summary(rows, skipped, unlabelled) -> dict:
+    first_place = [p > 0.5 for row in rows for p in (row["probability_a_ab"], 1 - row["probability_a_ba"])]
+    confidence = [row["probability_a"] for row in rows]
     counts, edges = np.histogram(confidence, bins=10, range=(0, 1))
     return {
-        "pairs": len(rows),
-        "labelled": len(labelled),
-        "skipped": skipped,
-        "counters": counted(FLAGS, [row["flags"] for row in rows]),
-        "consistent_share": float(np.mean([row["consistent"] for row in labelled])) if labelled else None,
-        "first_position_share": float(np.mean(first_place)) if labelled else None,
+        "pairs": len(rows) + len(unlabelled),
+        "labelled": len(rows),
+        "skipped": skipped + unlabelled,
+        "counters": count_flags(rows) | {"too_long_to_judge": len(unlabelled)},
+        "consistent_share": float(np.mean([row["consistent"] for row in rows])),
+        "first_position_share": float(np.mean(first_place)),
         "confidence_histogram": {"edges": [round(float(x), 2) for x in edges], "counts": counts.tolist()},
     }

@@ -7,6 +7,7 @@ from cai_jax.chat import completion_ids, encode_chat, encode_text, turn_end_id
 from cai_jax.errors import UserError
 from cai_jax.objectives.model_losses import reward_objective
 from cai_jax.provenance import MetricsFile, content_hash
+from cai_jax.stages.preferences import TIE
 from cai_jax.stages.scoring import score_texts
 from cai_jax.training import loop
 from cai_jax.training.batches import batch_rows, pair_rows, steps_per_epoch, take_rows
@@ -50,7 +51,7 @@ def run(context, folder) -> dict:
 
 def _pairs(tokenizer, rows, max_length):
     """Labelled pairs as token ids, and what was left out by name."""
-    counters = {"unlabelled": 0, "identical_responses": 0, "too_long": 0}
+    counters = {"identical_responses": 0, "too_long": 0}
     end = turn_end_id(tokenizer)
     pairs, skipped = [], []
     for row in rows:
@@ -60,9 +61,7 @@ def _pairs(tokenizer, rows, max_length):
             text, truncated = row[side]["text"], row[side]["truncated"]
             responses.append(encode_text(tokenizer, text) if truncated else completion_ids(tokenizer, text, end))
         reason = None
-        if row["probability_a"] is None:
-            reason = "unlabelled"
-        elif "identical_responses" in row["flags"]:
+        if row["flags"]["identical_responses"]:
             reason = "identical_responses"
         elif len(prompt) + sum(map(len, responses)) > max_length:
             reason = "too_long"
@@ -93,7 +92,7 @@ def _train(context, folder, model, pairs):
         "real": np.ones(len(pairs), np.int32),
     }
     total = settings.epochs * steps_per_epoch(len(pairs), settings.batch_size)
-    objective = reward_objective(model.config, shape.compute_dtype, shape.remat, settings.center)
+    objective = reward_objective(model.config, shape.compute_dtype, shape.remat, settings.center, TIE)
     state, step = start_training(
         objective, model.params, settings.optimizer, total, context.mesh, settings.microbatches
     )
@@ -102,6 +101,7 @@ def _train(context, folder, model, pairs):
         batch = take_rows(arrays, batch_rows(len(pairs), settings.batch_size, context.config.seed, index))
         state, metrics = step(state, context.put_rows(batch))
         metrics["pairs"] = metrics.pop("weight")
+        metrics["accuracy"] = metrics["accuracy"] / metrics["decided_share"]  # nan, so null, where all are ties
         return state, metrics, int((batch["positions"] >= 0).sum())
 
     metrics_file = MetricsFile(folder.path / "metrics.jsonl")
@@ -114,27 +114,28 @@ def held_out_metrics(pairs) -> dict:
     """Accuracy, calibration and correlation with length on pairs that were not trained on.
 
     A pair counts as right when the response with the higher score is the one with probability above 1/2. Two
-    rules that know nothing, "shorter wins" and "longer wins", stand beside it.
+    rules that know nothing, "shorter wins" and "longer wins", stand beside it. A label within TIE of 1/2 decides
+    nothing: such pairs are counted as `ties` and left out of these three.
     """
     predicted = np.asarray([1 / (1 + np.exp(pair["scores"][1] - pair["scores"][0])) for pair in pairs])
     observed = np.asarray([pair["probability"] for pair in pairs])
     longer = np.asarray([len(pair["tokens"][1]) - len(pair["tokens"][2]) for pair in pairs])
-    first_better = observed > 0.5
-    right = (predicted > 0.5) == first_better
-    unequal = longer != 0
+    first_better, decided = observed > 0.5, np.abs(observed - 0.5) >= TIE
     error, bins = statistics.calibration(predicted, observed)
     lengths = [len(response) for pair in pairs for response in pair["tokens"][1:]]
     scores = [score for pair in pairs for score in pair["scores"]]
     return {
         "n": len(pairs),
-        "accuracy": statistics.wilson_interval(int(right.sum()), len(pairs)),
+        "ties": int((~decided).sum()),
+        "accuracy": _agreement(predicted > 0.5, first_better, decided),
         "calibration_error": error,
         "calibration_bins": bins,
         "length_correlation": statistics.correlation(lengths, scores),
-        "longer_wins_accuracy": statistics.wilson_interval(
-            int(((longer > 0) == first_better)[unequal].sum()), int(unequal.sum())
-        ),
-        "shorter_wins_accuracy": statistics.wilson_interval(
-            int(((longer < 0) == first_better)[unequal].sum()), int(unequal.sum())
-        ),
+        "longer_wins_accuracy": _agreement(longer > 0, first_better, decided & (longer != 0)),
+        "shorter_wins_accuracy": _agreement(longer < 0, first_better, decided & (longer != 0)),
     }
+
+
+def _agreement(chosen, first_better, counted) -> dict:
+    """How often a choice of the first response is the label's, over the pairs that count."""
+    return statistics.wilson_interval(int((chosen == first_better)[counted].sum()), int(counted.sum()))

@@ -90,11 +90,11 @@ def mean(values: Sequence[float]) -> float | None:
 
 
 def usable_prompts(sampler, prompt_rows, new_tokens: int, max_prompt_tokens: int | None = None):
-    """The prompts that leave room for a completion, and `{"id", "reason"}` of all others.
+    """The prompts that leave room for a completion of `new_tokens`, and `{"id", "reason"}` of all others.
 
-    Raises UserError where no prompt is left.
+    `max_prompt_tokens` may ask for shorter prompts. Raises UserError where no prompt is left.
     """
-    room = new_tokens if max_prompt_tokens is None else sampler.max_length - max_prompt_tokens
+    room = new_tokens if max_prompt_tokens is None else max(new_tokens, sampler.max_length - max_prompt_tokens)
     limit = sampler.max_length - room
     usable, skipped = [], list(prompt_rows.skipped)
     for prompt in prompt_rows.rows:

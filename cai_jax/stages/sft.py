@@ -16,34 +16,40 @@ STAGE = "sft"
 
 def run(context, folder) -> dict:
     """Sample the helpful answers, train, export `model/`; returns the summary of the stage."""
-    samples, skipped = _helpful_samples(context, folder)
-    chains = context.folder("critique_revision").read_shards()
-    revisions = [
-        (f"{row['id']}/round-{entry['round']}", row["messages"], entry["revision"])
-        for row in chains
-        for entry in row["rounds"]
-    ]
+    counters, skipped = {"empty_completion": 0, "truncated_completion": 0, "too_long": 0}, []
+    kept = {"revisions": _revisions(context, counters, skipped)}
+    samples, unusable = _helpful_samples(context, folder)
     helpful = [(row["id"], row["messages"], row["response"]) for row in samples]
-    counters = {"empty_completion": 0, "truncated_completion": 0, "too_long": 0}
-    kept = {
-        name: _examples(context, rows, counters, skipped)
-        for name, rows in (("revisions", revisions), ("helpful", helpful))
-    }
+    kept["helpful"] = _examples(context, helpful, counters, skipped)
     examples = kept["revisions"] + kept["helpful"]
-    if not examples:
-        raise UserError(f"sft: none of {len(revisions) + len(helpful)} texts fits; raise sft.sequence_length")
     packed = pack(examples, context.config.sft.sequence_length)
     params, metrics = _train(context, folder, packed)
     context.export(folder, context.base, params, "policy")
     return {
         "examples": {name: len(rows) for name, rows in kept.items()},
-        "skipped": skipped,
+        "skipped": unusable + skipped,
         "counters": counters,
         "steps": len(metrics),
         "first_loss": metrics[0]["loss"],
         "last_loss": metrics[-1]["loss"],
         "packing_efficiency": sum(map(len, examples)) / packed["tokens"].size,
     }
+
+
+def _revisions(context, counters, skipped) -> list[Example]:
+    """The revisions of every round; UserError where not one can be used, before anything else is computed."""
+    rows = [
+        (f"{row['id']}/round-{entry['round']}", row["messages"], entry["revision"])
+        for row in context.folder("critique_revision").read_shards()
+        for entry in row["rounds"]
+    ]
+    examples = _examples(context, rows, counters, skipped)
+    if not examples:
+        raise UserError(
+            f"sft: no revision can be used: of {len(rows)}, {counters['empty_completion']} are empty and "
+            f"{counters['too_long']} exceed sft.sequence_length: raise that, or see critique_revision/summary.json"
+        )
+    return examples
 
 
 def _helpful_samples(context, folder):
@@ -82,6 +88,7 @@ def _examples(context, rows, counters, skipped) -> list[Example]:
             target = completion_ids(tokenizer, completion["text"], end)
         if not completion["text"].strip():
             counters["empty_completion"] += 1
+            skipped.append({"id": row_id, "reason": "empty completion"})
         elif len(prompt) + len(target) > limit:
             counters["too_long"] += 1
             skipped.append({"id": row_id, "reason": f"prompt and completion exceed sft.sequence_length={limit} tokens"})

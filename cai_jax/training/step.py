@@ -85,32 +85,40 @@ def make_train_step(
     """The jitted step `(state, batch) -> (state, metrics)`; the state is donated.
 
     The rows of a batch are split into `microbatches` equal parts. Metrics are float32 scalars: `loss`, `weight`,
-    `grad_norm` (before clipping), `learning_rate`, and the weighted means of what the objective reports.
+    `grad_norm` (before clipping), `learning_rate`, and the weighted means of what the objective reports. Gradients are
+    summed and divided in float32, and cast to the dtype of their parameter for the optimizer.
     """
     differentiate = jax.value_and_grad(lambda params, batch: _as_aux(objective(params, batch)), has_aux=True)
 
     @partial(jax.jit, donate_argnums=0, out_shardings=(shardings(mesh, state), None))
     def step(state: TrainState, batch):
         def accumulate(total, microbatch):
+            return jax.tree.map(jnp.add, total, sums_of(microbatch)), None
+
+        def sums_of(microbatch):
             (loss, aux), grads = differentiate(state.params, microbatch)
-            return jax.tree.map(jnp.add, total, (grads, loss, *aux)), None
+            return jax.tree.map(_at_least_float32, (grads, loss, *aux))
 
         if microbatches == 1:
-            (loss, (weight, sums)), grads = differentiate(state.params, batch)
+            grads, loss, weight, sums = sums_of(batch)
         else:
             parts = jax.tree.map(lambda x: x.reshape(microbatches, -1, *x.shape[1:]), batch)
             first = jax.tree.map(lambda x: x[0], parts)
-            (loss, (weight, sums)), grads = jax.eval_shape(differentiate, state.params, first)
-            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (grads, loss, weight, sums))
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(sums_of, first))
             (grads, loss, weight, sums), _ = jax.lax.scan(accumulate, zeros, parts)
         safe_weight = jnp.maximum(weight, 1)
         grads = jax.tree.map(lambda g: g / safe_weight, grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        stored = jax.tree.map(lambda g, param: g.astype(param.dtype), grads, state.params)
+        updates, opt_state = optimizer.update(stored, state.opt_state, state.params)
         metrics = {name: total / safe_weight for name, total in {**sums, "loss": loss}.items()}
         metrics |= {"weight": weight, "grad_norm": optax.tree.norm(grads), "learning_rate": schedule(state.step)}
         return TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1), metrics
 
     return step
+
+
+def _at_least_float32(x):
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _as_aux(result):

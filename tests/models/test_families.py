@@ -212,6 +212,15 @@ def test_windows_of_every_family():
         (dict(hidden_size=0), "'hidden_size'"),
         (dict(num_key_value_heads=3), "key/value heads"),
         (dict(quantization_config=dict(bits=4)), "quantised"),
+        (dict(rope_scaling=3), "'rope_scaling' is 3, not an object"),
+        (dict(rope_parameters=[1]), "'rope_parameters'"),
+        (dict(model_type="qwen3", architectures=[], layer_types=3), "'layer_types' is 3, not a list of texts"),
+        (dict(model_type="qwen3", architectures=[], layer_types=[["x"], 3]), "'layer_types'"),
+        (dict(model_type="gemma3_text", architectures=[], hidden_activation="gelu_pytorch_tanh",
+              rope_parameters=dict(full_attention=3)), "'full_attention'"),
+        (dict(architectures=3), "'architectures'"),
+        (dict(model_type=["llama"]), "model_type"),
+        (dict(hidden_act=["silu"]), "'hidden_act'"),
     ],
 )
 def test_unsupported_configs_end_in_one_line(change, named):

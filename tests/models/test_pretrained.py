@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from cai_jax.errors import UserError
 from cai_jax.models import families, safetensors_files
-from cai_jax.models.pretrained import load_model, reward_pad_id, save_model
+from cai_jax.models.pretrained import load_model, model_hash, reward_pad_id, save_model
 
 ORACLES = Path(__file__).parents[1] / "oracles"
 FOLDERS = sorted(path.parent.name for path in ORACLES.glob("*/model.safetensors"))
@@ -359,3 +359,22 @@ def test_random_models():
     assert len(a.tokenizer("the other")["input_ids"]) < len("the other")
     assert a.tokenizer.convert_ids_to_tokens([0, 1, 2]) == ["<|pad|>", "<|im_start|>", "<|im_end|>"]
     assert (a.config.pad_id, a.config.bos_id, a.config.eos_ids) == (0, 1, (2,))
+
+
+@pytest.mark.parametrize("index", [{"weight_map": 5}, {"weight_map": {"a": 5}}, {}, {"weight_map": None}])
+def test_an_index_that_names_no_files(folder, index):
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="index.json: 'weight_map' does not name a file"):
+        load_model(folder)
+
+
+def test_a_model_that_is_not_in_the_cache_yet_says_how_to_fetch_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("CAI_JAX_CACHE", str(tmp_path))
+    with pytest.raises(UserError, match="SmolLM2-135M-Instruct: .*make model.*launch/fetch_smollm2.sh"):
+        load_model(tmp_path / "SmolLM2-135M-Instruct")
+
+
+def test_hashes_without_loading(tmp_path):
+    assert model_hash("random:llama") == load_model("random:llama").hash
+    written = save(tmp_path / "out", load_model("random:llama"))
+    assert model_hash(tmp_path / "out") == written == load_model(tmp_path / "out").hash

@@ -83,5 +83,17 @@ def test_held_out_metrics_tell_a_good_model_from_a_rule_about_length():
     assert metrics["accuracy"]["value"] == 0.75
     assert metrics["longer_wins_accuracy"]["value"] == 0.5
     assert metrics["shorter_wins_accuracy"]["value"] == 0.5
+    assert metrics["ties"] == 0
     equal = held_out_metrics([pair(1, 0, 0.9)])
     assert equal["longer_wins_accuracy"]["n"] == 0 and equal["longer_wins_accuracy"]["value"] is None
+
+
+def test_ties_decide_nothing_on_held_out_pairs():
+    """A label of 1/2 would count for whatever scores the second response higher."""
+    pairs = [pair(0, 1, 0.5, 2, 5), pair(1, 0, 0.5, 2, 5), pair(0, 1, 0.5004, 5, 2), pair(2, 0, 0.9, 5, 2)]
+    metrics = held_out_metrics(pairs)
+    assert metrics["n"] == 4 and metrics["ties"] == 3
+    found = [metrics[name] for name in ("accuracy", "longer_wins_accuracy", "shorter_wins_accuracy")]
+    assert [(interval["value"], interval["n"]) for interval in found] == [(1, 1), (1, 1), (0, 1)]
+    nothing = held_out_metrics(pairs[:3])
+    assert nothing["accuracy"]["value"] is None and nothing["ties"] == 3

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow.json
 import pytest
 
 from cai_jax.config import STAGES
@@ -62,7 +63,7 @@ def test_every_stage_leaves_its_artifacts_and_the_report_shows_them(finished):
         assert {"summary.json", "fingerprint.json"} <= set(done["artifacts"])
         assert not (finished / stage / "checkpoints").exists()
         assert json.loads((finished / stage / "timing.json").read_text())["peak_memory_bytes"] > 2**20
-    assert "not run yet" not in report
+    assert "not run yet" not in report and "Verifiable principles" in report
     assert set(summary(finished, "evaluate")["models"]) == {"base", "sl_cai", "rl_cai"}
 
 
@@ -125,8 +126,11 @@ def test_rows_are_read_by_datasets_and_carry_their_provenance(finished):
     import datasets
 
     stages = {"critique_revision": "rows", "sft": "samples", "preferences": "rows", "evaluate": "rows"}
-    for stage, prefix in stages.items():
+    for stage, prefix in [*stages.items(), ("preferences", "pairs")]:
         files = sorted(str(path) for path in (finished / stage).glob(f"{prefix}-*.jsonl"))
+        schemas = [pyarrow.json.read_json(file).schema for file in files]
+        assert len(files) > 1 and all(schema == schemas[0] for schema in schemas)
+        assert "null" not in str(schemas[0])
         rows = datasets.load_dataset("json", data_files=files, split="train", cache_dir=str(finished / "cache"))
         assert len(rows) > 0
         assert {"constitution", "constitution_hash", "model_hash", "seed", "stage"} <= set(rows[0]["provenance"])
@@ -151,7 +155,8 @@ def test_training_moved_and_ppo_measured(finished):
     metrics = [json.loads(line) for line in open(finished / "ppo" / "metrics.jsonl")]
     assert [line["update"] for line in metrics] == [1, 2]
     assert abs(metrics[0]["kl"]) < 1e-3, "the first rollouts are the reference's own"
-    assert metrics[1]["kl"] != metrics[0]["kl"]
+    assert metrics[0]["approx_kl"] > 1e-6, "the steps of an update move the policy off the one that sampled"
+    assert metrics[1]["kl_k3"] > 100 * abs(metrics[0]["kl_k3"]) + 1e-3, "the next rollouts are the trained policy's"
     assert summary(finished, "sft")["last_loss"] < summary(finished, "sft")["first_loss"]
 
 

@@ -1,5 +1,7 @@
 """The one train step: packing, microbatches and padding change nothing; gradients are those of transformers."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -84,6 +86,21 @@ def test_microbatches_of_unequal_weight_give_the_gradient_of_the_whole_batch(mod
     assert whole["weight"] == split["weight"]
 
 
+def test_microbatches_of_a_bfloat16_model_add_up_in_float32():
+    """In bfloat16 a sum of ones stops at 256: of 1024 equal microbatches a quarter would count."""
+    microbatches, size = 1024, 8
+
+    def objective(params, batch):
+        loss = jnp.sum(batch["x"].astype(jnp.bfloat16) @ params["score"])
+        return loss.astype(jnp.float32), len(batch["x"]), {}
+
+    model = SimpleNamespace(params={"score": jnp.zeros((size, 1), jnp.bfloat16)})
+    batch = {"x": np.ones((microbatches, size), np.float32)}
+    state, metrics = one_step(model, objective, batch, microbatches)
+    assert metrics["grad_norm"] == pytest.approx(np.sqrt(size), rel=1e-3)
+    assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves((state.params, state.opt_state)) if leaf.ndim)
+
+
 def test_rematerialisation_changes_no_gradient(model):
     batch = unpacked(examples())
     _, plain = one_step(model, sft_objective(model.config), batch)
@@ -140,6 +157,20 @@ def test_a_pair_in_one_row_is_scored_like_its_two_texts(reward_model, pairs):
     expected = float(bradley_terry(scores[:, 0], scores[:, 1], batch["probability"]))
     loss, count, _ = reward_objective(reward_model.config)(reward_model.params, batch)
     np.testing.assert_allclose(loss / count, expected, rtol=1e-5)
+
+
+def test_ties_are_left_out_of_the_accuracy_of_a_step(reward_model, pairs):
+    objective = reward_objective(reward_model.config, tie=1e-3)
+    batch = reward_batch(pairs, 24)
+    decided, sums = batch["probability"].copy(), {}
+    for name, tied in (("none", []), ("half", [1, 3]), ("all", [0, 1, 2, 3])):
+        batch["probability"] = decided.copy()
+        batch["probability"][tied] = 0.5 + 4e-4
+        sums[name] = {key: float(x) for key, x in objective(reward_model.params, batch)[2].items()}
+    assert [sums[name]["decided_share"] for name in ("none", "half", "all")] == [4, 2, 0]
+    assert sums["all"]["accuracy"] == 0 and sums["half"]["accuracy"] <= 2
+    own = {name: x[[0, 2]] for name, x in batch.items()} | {"probability": decided[[0, 2]]}
+    assert sums["half"]["accuracy"] == float(objective(reward_model.params, own)[2]["accuracy"])
 
 
 def test_reward_loss_does_not_see_padding_or_empty_rows(reward_model, pairs):

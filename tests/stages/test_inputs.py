@@ -1,0 +1,255 @@
+"""The door: whatever a stage cannot use is refused before a stage runs and before `--fresh` discards anything."""
+
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+
+from cai_jax.config import STAGES, apply_overrides
+from cai_jax.errors import UserError
+from cai_jax.models.byte_tokenizer import byte_tokenizer
+from cai_jax.models.pretrained import load_model, save_model
+from cai_jax.named_runs import load_config
+from cai_jax.progress import Progress
+from cai_jax.provenance import StageFolder
+from cai_jax.stages import inputs, sft
+from cai_jax.stages.context import prepare
+from cai_jax.stages.rows import usable_prompts
+
+
+def open_door(run_dir, *overrides, stages=STAGES, fresh=False):
+    run_dir.mkdir(exist_ok=True)
+    config = replace(apply_overrides(load_config("tiny")[1], overrides), stages=tuple(stages))
+    return prepare("tiny", config, run_dir, fresh, Progress(run_dir))
+
+
+def refusal(run_dir, *overrides, **options) -> str:
+    with pytest.raises(UserError) as caught:
+        open_door(run_dir, *overrides, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def export(folder, kind="policy", tokenizer=None, source="random:llama"):
+    model = load_model(source, kind=kind)
+    save_model(folder, model.config, model.params, tokenizer or model.tokenizer, model.hf_config, kind)
+    return folder
+
+
+def done(run_dir, stage, **model):
+    """A stage that is done, with a model if it leaves one."""
+    folder = StageFolder(run_dir, stage)
+    folder.begin({})
+    if model:
+        export(folder.path / "model", **model)
+    folder.finish({})
+
+
+def rotated():
+    """The tokenizer of random models with the ids of two letters exchanged."""
+    tokenizer = byte_tokenizer()
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocabulary = state["model"]["vocab"]
+    vocabulary["A"], vocabulary["B"] = vocabulary["B"], vocabulary["A"]
+    tokenizer._tokenizer = type(tokenizer.backend_tokenizer).from_str(json.dumps(state))
+    return tokenizer
+
+
+# ---------------------------------------------------------------- prompts
+
+
+def write_prompts(path, *texts, **more):
+    path.write_text("".join(json.dumps({"prompt": text} | more) + "\n" for text in texts))
+    return str(path)
+
+
+@pytest.mark.parametrize("stages", [("evaluate",), ("critique_revision",)])
+def test_a_prompt_on_both_sides_is_refused_whatever_stages_are_selected(tmp_path, stages):
+    path = write_prompts(tmp_path / "own.jsonl", "How do I open a safe?")
+    sets = [f"prompts.{name}.{field}" for name in ("red_team", "eval_helpful") for field in (f"path={path}", "split=")]
+    message = refusal(tmp_path / "run", *sets, stages=stages)
+    assert "red_team red_team-00001 = eval_helpful eval_helpful-00001" in message
+
+
+def test_numbered_sets_get_rows_of_their_own(tmp_path):
+    overrides = []
+    for name in ("red_team", "helpful", "eval_red_team", "eval_helpful"):
+        path = write_prompts(tmp_path / f"{name}.jsonl", f"Is {name} a word?", id=0)
+        overrides += [f"prompts.{name}.path={path}", f"prompts.{name}.split="]
+    context = open_door(tmp_path / "run", *overrides)
+    ids = {name: [prompt.id for prompt in rows.rows] for name, rows in context.prompts.items()}
+    assert (ids["red_team"], ids["helpful"]) == (["red_team/0"], ["helpful/0"])
+    assert (ids["eval_red_team"], ids["eval_helpful"]) == (["eval_red_team/0"], ["eval_helpful/0"])
+    assert context._fingerprint("sft")["input.prompts.helpful"] == context.describe()["prompts"]["helpful"]["hash"]
+
+
+# ---------------------------------------------------------------- stages and models that are not there
+
+
+@pytest.mark.parametrize("stages, told", [
+    (("ppo",), "stage ppo needs the artifacts of stage sft"),
+    (("critique_revision", "ppo"), "set ppo.policy to a model folder"),
+    (("critique_revision", "sft", "ppo"), "stage ppo needs the artifacts of stage reward_model"),
+    (("sft",), "run --stages=critique_revision first"),
+])  # fmt: skip
+def test_a_stage_without_its_input_is_refused_at_the_door(tmp_path, stages, told):
+    assert told in refusal(tmp_path, stages=stages)
+
+
+@pytest.mark.parametrize("field", [
+    "preferences.policy", "preferences.judge", "reward_model.start", "ppo.policy", "ppo.reward_model",
+    "evaluate.sft", "evaluate.rl", "evaluate.reward_model",
+])  # fmt: skip
+def test_every_model_that_is_named_is_looked_at(tmp_path, field):
+    assert "/nope: no such folder" in refusal(tmp_path / "run", f"{field}=/nope")
+    reward = "reward_model" in field.split(".")[1]
+    other = export(tmp_path / "other", kind="policy" if reward else "reward")
+    if field != "reward_model.start":  # which may be both
+        told = "holds no score head" if reward else "holds a reward model"
+        assert told in refusal(tmp_path / "run", f"{field}={other}")
+
+
+def test_models_that_will_be_made_or_are_done_are_taken(tmp_path):
+    open_door(tmp_path / "new")
+    for stage in ("critique_revision", "preferences"):
+        done(tmp_path / "old", stage)
+    for stage, kind in (("sft", "policy"), ("reward_model", "reward")):
+        done(tmp_path / "old", stage, kind=kind)
+    open_door(tmp_path / "old", stages=("ppo", "evaluate"))
+    (tmp_path / "old" / "sft" / "model" / "model.safetensors").unlink()
+    assert "sft/model/model.safetensors: no such file" in refusal(tmp_path / "old", stages=("ppo",))
+    assert open_door(tmp_path / "empty", stages=("evaluate",))  # compares what there is
+
+
+def test_a_judge_that_cannot_answer_is_refused(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(inputs, "resolve_options", lambda tokenizer: asked.append(tokenizer.get_vocab()["A"]))
+    judge = export(tmp_path / "judge", tokenizer=rotated())
+    open_door(tmp_path / "run", f"preferences.judge={judge}")
+    open_door(tmp_path / "run")
+    assert asked == [rotated().get_vocab()["A"], byte_tokenizer().get_vocab()["A"]]
+
+
+def test_a_model_that_the_command_makes_itself_is_refused(tmp_path):
+    for stage, kind in (("sft", "policy"), ("ppo", "policy"), ("reward_model", "reward")):
+        done(tmp_path, stage, kind=kind)
+    own = tmp_path / "ppo" / "model"
+    assert "is what stage ppo of this command makes" in refusal(
+        tmp_path, f"ppo.policy={own}", stages=("ppo",), fresh=True
+    )
+    assert own.exists()
+
+
+def test_fresh_discards_only_when_the_stages_can_run(tmp_path):
+    done(tmp_path, "ppo", kind="policy")
+    for overrides in ([], ["ppo.policy=random:llama", "ppo.reward_model=/nope"], ["model.source=/nope"]):
+        refusal(tmp_path, *overrides, stages=("ppo",), fresh=True)
+        assert StageFolder(tmp_path, "ppo").done()
+    open_door(tmp_path, "ppo.policy=random:llama", "ppo.reward_model=random:llama", stages=("ppo",), fresh=True)
+    assert not (tmp_path / "ppo").exists()
+
+
+# ---------------------------------------------------------------- what models must have in common
+
+
+@pytest.mark.parametrize("stages, field, kind", [
+    (("ppo",), "ppo.reward_model", "reward"),
+    (("ppo",), "ppo.policy", "policy"),
+    (("evaluate",), "evaluate.sft", "policy"),
+    (("evaluate",), "evaluate.rl", "policy"),
+    (("evaluate",), "evaluate.reward_model", "reward"),
+    (STAGES, "reward_model.start", "policy"),
+])  # fmt: skip
+def test_another_tokenizer_is_refused_where_ids_go_from_model_to_model(tmp_path, stages, field, kind):
+    given = {"ppo.policy": "random:llama", "ppo.reward_model": "random:llama"} if stages == ("ppo",) else {}
+    fine = given | {field: export(tmp_path / "same", kind)}
+    open_door(tmp_path / "run", *(f"{name}={model}" for name, model in fine.items()), stages=stages)
+    other = given | {field: export(tmp_path / "other", kind, rotated())}
+    message = refusal(tmp_path / "run", *(f"{name}={model}" for name, model in other.items()), stages=stages)
+    assert "its tokenizer is not that of" in message and str(tmp_path / "other") in message
+
+
+def test_preferences_are_text_so_their_models_may_have_other_tokenizers(tmp_path):
+    other = export(tmp_path / "other", tokenizer=rotated())
+    open_door(tmp_path / "run", f"preferences.judge={other}", f"preferences.policy={other}")
+
+
+@pytest.mark.parametrize("field", ["sft.sequence_length", "reward_model.max_length"])
+def test_a_length_beyond_the_positions_of_the_model_is_refused(tmp_path, field):
+    open_door(tmp_path, f"{field}=1024")
+    assert f"{field} (1025) exceeds the 1024 positions of random:llama" in refusal(tmp_path, f"{field}=1025")
+
+
+# ---------------------------------------------------------------- what has changed since
+
+
+def test_another_judge_in_the_same_folder_is_noticed(tmp_path):
+    judge = export(tmp_path / "judge")
+    for stage in ("critique_revision", "sft"):
+        done(tmp_path / "run", stage, **({"kind": "policy"} if stage == "sft" else {}))
+    begin = open_door(tmp_path / "run", f"preferences.judge={judge}", stages=("preferences",))
+    begin.folder("preferences").begin(begin._fingerprint("preferences"))
+    open_door(tmp_path / "run", f"preferences.judge={judge}", stages=("preferences",))
+    export(judge, source="random:qwen3")
+    assert "input.judge" in refusal(tmp_path / "run", f"preferences.judge={judge}", stages=("preferences",))
+
+
+def test_random_models_stand_in_for_every_override(tmp_path):
+    context = open_door(tmp_path, "ppo.policy=random:llama", "ppo.reward_model=random:llama", stages=("ppo",))
+    assert context._fingerprint("ppo")["input.policy"] == context.base.hash
+
+
+def test_changed_work_of_any_selected_stage_is_refused_before_the_first_runs(tmp_path):
+    first = open_door(tmp_path)
+    first.folder("ppo").begin(first._fingerprint("ppo") | {"input.sft": "x", "input.reward_model": "y"})
+    open_door(tmp_path)
+    assert "config.ppo.kl_coef 0.02 -> 0.5" in refusal(tmp_path, "ppo.kl_coef=0.5")
+    open_door(tmp_path, "ppo.kl_coef=0.5", stages=("critique_revision", "sft"))
+
+
+# ---------------------------------------------------------------- rows that a stage can use
+
+
+def test_a_prompt_must_leave_room_for_the_whole_completion():
+    """Also where the model holds fewer positions than ppo.max_prompt_tokens and a completion need."""
+    sampler = SimpleNamespace(max_length=100, fits=lambda messages, room: len(messages[0]["content"]) + room <= 100)
+    prompts = [SimpleNamespace(id=n, messages=[{"role": "user", "content": "x" * n}]) for n in (30, 60, 90)]
+    rows = SimpleNamespace(rows=prompts, skipped=())
+
+    def usable(*limits):
+        return [prompt.id for prompt in usable_prompts(sampler, rows, *limits)[0]]
+
+    assert usable(30) == [30, 60] and usable(10) == [30, 60, 90]
+    assert usable(30, 50) == [30]  # asks for shorter ones
+    assert usable(30, 95) == usable(30, 200) == [30, 60]
+
+
+def completion(text="Fine.", truncated=False):
+    return {"text": text, "truncated": truncated, "tokens": 1}
+
+
+def sft_context(tmp_path, *revisions):
+    messages = [{"role": "user", "content": "Hello"}]
+    folder = StageFolder(tmp_path, "critique_revision")
+    folder.write_shard(0, 1, [
+        {"id": f"rt-{n}", "messages": messages, "rounds": [{"round": 1, "revision": revision}]}
+        for n, revision in enumerate(revisions)
+    ])  # fmt: skip
+    return SimpleNamespace(
+        base=SimpleNamespace(tokenizer=byte_tokenizer()), config=load_config("tiny")[1], folder=lambda stage: folder
+    )
+
+
+def test_an_empty_revision_is_named_and_the_rest_is_used(tmp_path):
+    counters, skipped = {"empty_completion": 0, "truncated_completion": 0, "too_long": 0}, []
+    context = sft_context(tmp_path, completion(" \n"), completion(), completion("x" * 999))
+    assert len(sft._revisions(context, counters, skipped)) == 1
+    assert [row["id"] for row in skipped] == ["rt-0/round-1", "rt-2/round-1"]
+    assert skipped[0]["reason"] == "empty completion" and "sft.sequence_length=256" in skipped[1]["reason"]
+    assert counters == {"empty_completion": 1, "truncated_completion": 0, "too_long": 1}
+
+
+def test_nothing_is_sampled_or_trained_where_no_revision_can_be_used(tmp_path):
+    with pytest.raises(UserError, match="sft: no revision can be used: of 2, 1 are empty and 1 exceed .*summary.json"):
+        sft.run(sft_context(tmp_path, completion(""), completion("x" * 999)), None)

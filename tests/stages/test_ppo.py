@@ -1,0 +1,95 @@
+"""The arrays of PPO on a tiny model: the bias of the reward model stands in no advantage, and the policy learns."""
+
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+
+from cai_jax.config import Config, Model, Ppo
+from cai_jax.errors import UserError
+from cai_jax.models.pretrained import load_model
+from cai_jax.objectives.model_losses import completion_logprobs, completion_values, ppo_objective
+from cai_jax.stages.ppo import Frozen, _reward_bias, score_rollouts
+
+PROMPT, ROOM, ROWS = 8, 6, 4
+
+
+@pytest.fixture(scope="module")
+def frozen():
+    return Frozen(load_model("random:llama"), load_model("random:llama", kind="reward", seed=3), [], PROMPT)
+
+
+@pytest.fixture(scope="module")
+def rollouts(frozen):
+    rng = np.random.default_rng(0)
+    mask = (np.arange(ROOM) < np.asarray([[6], [3], [5], [6]])).astype(np.int32)
+    positions = np.tile(np.arange(PROMPT + ROOM, dtype=np.int32), (ROWS, 1))
+    positions[:, PROMPT:] = np.where(mask, positions[:, PROMPT:], -1)
+    tokens = rng.integers(3, 200, positions.shape).astype(np.int32)
+    logprobs, _ = completion_logprobs(frozen.reference.config, frozen.reference.params, tokens, positions, mask)
+    return {
+        "tokens": tokens, "positions": positions, "mask": mask, "old_logprobs": np.asarray(logprobs),
+        "truncated": np.zeros(ROWS, bool),
+    }  # fmt: skip
+
+
+def scored(frozen, rollouts, bias):
+    settings = Ppo(rollouts=ROWS, minibatches=2, whiten_advantages=False, kl_coef=0.0)
+    config = Config(model=Model("random:llama"), description="one update", ppo=settings)
+    context = SimpleNamespace(config=config, put_rows=lambda batch: batch)
+    return score_rollouts(context, frozen, frozen.reward.params, rollouts, bias)
+
+
+def test_the_bias_of_the_reward_model_stands_in_no_advantage(frozen, rollouts):
+    """Values that keep the bias while scores lose it would carry -bias * lam^(T-t) into every advantage."""
+    plain, _ = scored(frozen, rollouts, 0.0)
+    shifted, report = scored(frozen, rollouts, 7.0)
+    np.testing.assert_allclose(shifted["advantages"], plain["advantages"], atol=1e-4)
+    np.testing.assert_allclose(shifted["old_values"], plain["old_values"] - 7, atol=1e-5)
+    assert abs(float(report["value_mean"]) - float(report["score"])) < 3  # 7 apart, were only one of them shifted
+
+
+def test_the_value_loss_is_of_the_value_without_the_bias(frozen, rollouts):
+    batch, _ = scored(frozen, rollouts, 7.0)
+    objective = ppo_objective(
+        frozen.reference.config, frozen.reward.config, temperature=1.0, clip=0.2, value_clip=0.2, value_coef=0.1,
+        value_offset=7.0,
+    )  # fmt: skip
+    _, count, sums = objective({"policy": frozen.reference.params, "value": frozen.reward.params}, batch)
+    raw = completion_values(
+        frozen.reward.config, frozen.reward.params, batch["tokens"], batch["positions"], batch["mask"]
+    )
+    errors = np.square(np.asarray(raw) - 7 - batch["returns"])[batch["mask"] > 0]
+    assert float(sums["value_clip_fraction"]) == 0, "nothing has moved yet, so nothing is clipped"
+    assert float(sums["value_loss"]) / float(count) == pytest.approx(errors.mean() / 2, rel=1e-4)
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_a_step_makes_what_has_advantage_likelier(frozen, rollouts, sign):
+    batch, _ = scored(frozen, rollouts, 0.0)
+    config, params = frozen.reference.config, frozen.reference.params
+    rng = np.random.default_rng(1)
+    batch = batch | {"advantages": (sign * rng.normal(size=batch["mask"].shape) * batch["mask"]).astype(np.float32)}
+    objective = ppo_objective(
+        config, frozen.reward.config, temperature=1.0, clip=0.2, value_clip=0.2, value_coef=0.0
+    )
+    both = {"policy": params, "value": frozen.reward.params}
+    grads = jax.jit(jax.grad(lambda both: objective(both, batch)[0]))(both)["policy"]
+    moved = jax.tree.map(lambda leaf, grad: leaf - 1e-3 * grad, params, grads)
+    after, _ = completion_logprobs(config, moved, batch["tokens"], batch["positions"], batch["mask"])
+    gain = ((np.asarray(after) - batch["old_logprobs"]) * batch["advantages"])[batch["mask"] > 0].sum()
+    assert gain > 1e-4
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"score_mean": null}', '{"score_mean": "1"}', "7"])
+def test_an_altered_reference_is_one_line_to_the_user(tmp_path, content):
+    (tmp_path / "reference.json").write_text(content)
+    with pytest.raises(UserError, match="reference.json.*--fresh") as refused:
+        _reward_bias(None, SimpleNamespace(path=tmp_path), None, None)
+    assert "\n" not in str(refused.value)
+
+
+def test_the_recorded_reference_is_taken_as_it_is(tmp_path):
+    (tmp_path / "reference.json").write_text('{"score_mean": -1.5, "samples": 4}')
+    assert _reward_bias(None, SimpleNamespace(path=tmp_path), None, None) == -1.5

@@ -1,0 +1,211 @@
+"""Rows as others read them: the same types in every shard, whatever happened to the rows."""
+
+import json
+import re
+from types import SimpleNamespace
+
+import pytest
+
+from cai_jax.config import Config, CritiqueRevision, Model, Preferences, Sampling
+from cai_jax.config import Sampler as SamplerShape
+from cai_jax.constitution import load_constitution
+from cai_jax.errors import UserError
+from cai_jax.models.byte_tokenizer import byte_tokenizer
+from cai_jax.progress import Progress
+from cai_jax.prompt_sets import Prompt, PromptRows
+from cai_jax.provenance import StageFolder, row_seed
+from cai_jax.sampler import Generate, Sample
+from cai_jax.sampler.engine import Counts
+from cai_jax.stages import critique_revision, preferences
+from cai_jax.stages.critique_revision import checks
+
+SAMPLING = Sampling(max_new_tokens=10)
+
+
+class CannedSampler:
+    """Answers requests from a function of the request; a token is a character."""
+
+    def __init__(self, answer, max_length=10_000):
+        self.answer, self.max_length, self.counts = answer, max_length, Counts()
+        self.model = SimpleNamespace(config=SimpleNamespace(max_position=20_000))
+
+    def fits(self, conversation, new_tokens, prefix=()):
+        return sum(len(turn["content"]) for turn in [*prefix, *conversation]) + new_tokens <= self.max_length
+
+    def stream(self, programs, shared=()):
+        for place, program in enumerate(programs):
+            answer = None
+            try:
+                while True:
+                    answer = self.answer(program.send(answer))
+            except StopIteration as end:
+                yield place, end.value
+
+
+def prompt_rows(*texts):
+    turns = [({"role": "user", "content": text},) for text in texts]
+    return PromptRows(tuple(Prompt(f"p{i}", "", turn) for i, turn in enumerate(turns)), (), "")
+
+
+def context(sampler, red_team, max_length=1024, judge=""):
+    config = Config(
+        model=Model("random:llama"),
+        description="rows made by hand",
+        critique_revision=CritiqueRevision(
+            rounds=2, response=SAMPLING, critique=SAMPLING, revision=SAMPLING, rows_per_shard=1
+        ),
+        preferences=Preferences(response=SAMPLING, rows_per_shard=1, judge=judge),
+        sampler=SamplerShape(max_length=max_length),
+    )
+    model = SimpleNamespace(tokenizer=byte_tokenizer(), config=SimpleNamespace(max_position=20_000), hash="model")
+    return SimpleNamespace(
+        config=config, base=model, constitution=load_constitution("verifiable"), progress=Progress(),
+        prompts={"red_team": red_team, "helpful": prompt_rows("Hello")},
+        sampler=lambda model: sampler,
+        load_from=lambda *_: model,
+        row_seed=lambda *parts: row_seed(0, *parts),
+        provenance=lambda stage, model=None: {"stage": stage},
+    )  # fmt: skip
+
+
+def sample(text, truncated=False):
+    return Sample(text, [1] * len(text), [0.0] * len(text), truncated=truncated)
+
+
+def columns_of(files, cache):
+    import datasets
+
+    rows = datasets.load_dataset("json", data_files=[str(file) for file in files], split="train", cache_dir=str(cache))
+    return rows.features, len(rows)
+
+
+def assert_read_in_every_order(folder, prefix, rows, tmp_path):
+    """Forwards, backwards, and each shard that holds a row alone: always the same types."""
+    files = sorted(folder.path.glob(f"{prefix}-*.jsonl"))
+    expected, count = columns_of(files, tmp_path / "cache")
+    assert count == rows
+    assert columns_of(files[::-1], tmp_path / "cache") == (expected, rows)
+    for file in files:
+        if file.read_text():
+            assert columns_of([file], tmp_path / "cache")[0] == expected, file.name
+
+
+def answers_of_a_chain(request):
+    """Plain answers to the first prompt; unchanged, truncated or empty ones to the others."""
+    if "trouble" in str(request.conversation):
+        return sample("same", truncated=True)
+    return sample(f"a{request.seed}")
+
+
+@pytest.mark.parametrize("texts", [("calm", "trouble"), ("trouble", "calm"), ("x" * 9000, "calm", "trouble")])
+def test_chains_have_the_same_types_whatever_was_flagged(tmp_path, texts):
+    folder = StageFolder(tmp_path, "critique_revision")
+    sampler = CannedSampler(answers_of_a_chain, max_length=9_020)
+    summary = critique_revision.run(context(sampler, prompt_rows(*texts)), folder)
+    rows = folder.read_shards()
+    troubled = [row for row in rows if row["messages"][0]["content"] == "trouble"]
+    assert [row["flags"]["response_truncated"] for row in troubled] == [True]
+    assert all(entry["flags"]["revision_unchanged"] for entry in troubled[0]["rounds"])
+    assert summary["counters"]["revision_unchanged"] == 2 and summary["counters"]["response_empty"] == 0
+    assert_read_in_every_order(folder, "rows", 2, tmp_path)
+    roomless = [skipped["id"] for skipped in summary["skipped"]]
+    assert roomless == (["p0"] if len(texts) == 3 else [])
+    assert summary["counters"]["context_full"] == len(roomless)
+    again = critique_revision.run(context(sampler, prompt_rows(*texts)), folder)
+    assert again == summary, "a resumed stage finds the rows on disk"
+
+
+def test_a_chain_that_fills_the_context_keeps_its_rounds_and_says_so(tmp_path):
+    folder = StageFolder(tmp_path, "critique_revision")
+    lengths = iter((1000, 100, 6000))  # response, critique, and a revision that leaves no room for a second round
+    sampler = CannedSampler(lambda request: sample("y" * next(lengths)), max_length=6_000)
+    summary = critique_revision.run(context(sampler, prompt_rows("Hi")), folder)
+    (row,) = folder.read_shards()
+    assert len(row["rounds"]) == 1 and row["flags"]["context_full"]
+    assert summary["counters"]["context_full"] == 1 and summary["skipped"] == []
+
+
+def test_few_shots_without_room_are_refused_before_anything_is_generated(tmp_path):
+    def generated(request):
+        raise AssertionError("generated before the check")
+
+    folder = StageFolder(tmp_path, "critique_revision")
+    with pytest.raises(UserError, match="few-shots leave no room in sampler.max_length=400") as refused:
+        critique_revision.run(context(CannedSampler(generated, max_length=400), prompt_rows("Hi")), folder)
+    assert "\n" not in str(refused.value) and not folder.path.exists()
+
+
+def test_a_stage_of_prompts_without_a_round_is_refused_at_its_end(tmp_path):
+    """An empty response would leave room, the real ones do not: SFT must not go on without revisions."""
+    sampler = CannedSampler(lambda request: sample("y" * 10_000), max_length=9_000)
+    with pytest.raises(UserError, match="no room in sampler.max_length=9000"):
+        critique_revision.run(context(sampler, prompt_rows("Hi")), StageFolder(tmp_path, "critique_revision"))
+
+
+def judged(request):
+    """Two answers a prompt, then a judge: sure of calm pairs, at a loss with the others."""
+    text = str(request.conversation)
+    if isinstance(request, Generate):
+        return sample("y" * 20_000 if "endless" in text else "trouble" if "trouble" in text else f"a{request.seed}")
+    if "trouble" in text:
+        return [[-0.7], [-0.7]]
+    first, second = re.findall(r"^> a(\d+)$", request.conversation[-2]["content"], re.MULTILINE)
+    return [[-0.1], [-3.0]] if int(first) > int(second) else [[-3.0], [-0.1]]
+
+
+@pytest.mark.parametrize("texts", [("calm", "trouble"), ("trouble", "calm"), ("endless", "trouble", "calm")])
+def test_labels_have_the_same_types_whatever_was_flagged(tmp_path, texts):
+    folder = StageFolder(tmp_path, "preferences")
+    given = context(CannedSampler(judged), prompt_rows(*texts))
+    given.prompts["helpful"] = PromptRows((Prompt("h0", "", ({"role": "user", "content": "fine"},)),), (), "")
+    summary = preferences.run(given, folder)
+    flags = {row["messages"][0]["content"]: row["flags"] for row in folder.read_shards()}
+    assert flags["trouble"]["tie"] and flags["trouble"]["identical_responses"]
+    assert not flags["calm"]["tie"] and not flags["calm"]["identical_responses"]
+    assert_read_in_every_order(folder, "rows", 3, tmp_path)
+    assert_read_in_every_order(folder, "pairs", len(texts) + 1, tmp_path)
+    unlabelled = len(texts) - 2
+    assert summary["pairs"] == len(texts) + 1 and summary["labelled"] == 3
+    assert summary["counters"]["too_long_to_judge"] == unlabelled == len(summary["skipped"])
+
+
+@pytest.mark.parametrize("judge", ["", "random:llama"])
+def test_a_judge_without_room_is_refused_before_pairs_are_sampled(tmp_path, judge):
+    def sampled(request):
+        raise AssertionError("sampled before the check")
+
+    given = context(CannedSampler(sampled), prompt_rows("Hi"), max_length=300, judge=judge)
+    with pytest.raises(UserError, match="not one pair fits the judge within sampler.max_length=300"):
+        preferences.run(given, StageFolder(tmp_path, "preferences"))
+
+
+def test_labels_that_are_all_too_long_are_refused(tmp_path):
+    def endless(request):
+        assert isinstance(request, Generate), "judged a pair that does not fit"
+        return sample("y" * 20_000)
+
+    with pytest.raises(UserError, match="not one pair fits the judge"):
+        preferences.run(context(CannedSampler(endless), prompt_rows("Hi")), StageFolder(tmp_path, "preferences"))
+
+
+def test_revisions_are_held_to_the_rules_that_a_program_can_check():
+    constitution = load_constitution("verifiable")
+
+    def chain(response, *rounds):
+        entries = [{"principle": name, "revision": {"text": text}} for name, text in rounds]
+        return {"response": {"text": response}, "rounds": entries}
+
+    rows = [
+        chain("It has 8 legs.", ("no_digits", "It has eight legs!"), ("no_exclamation", "It has eight legs.")),
+        chain("Eight.", ("no_digits", "8."), ("no_digits", "It is 8.")),
+    ]
+    found = checks(constitution.principles, rows)
+    assert set(found) == {principle.id for principle in constitution.principles}
+    digits, exclamation, brief = found["no_digits"], found["no_exclamation"], found["brief"]
+    assert digits["n"] == 3 and (digits["before"]["value"], digits["after"]["value"]) == (1 / 3, 1 / 3)
+    assert exclamation["n"] == 1 and (exclamation["before"]["value"], exclamation["after"]["value"]) == (0, 1)
+    assert digits["after"]["low"] < 1 / 3 < digits["after"]["high"]
+    assert brief["n"] == 0 and brief["after"]["value"] is None
+    assert "at most 20 words" in brief["rule"]
+    assert json.dumps(found)
+    assert checks(load_constitution("harmless_helpful").principles, []) == {}
