@@ -74,6 +74,8 @@ class Sampler:
     rows: int = 32  # slots of the cache
     max_length: int = 1024
     prefill_tokens: int = 128  # run in one pass, on all devices together
+    int8_weights: bool = False  # of the layers' projections
+    int8_cache: bool = False  # keys and values
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ and values to other places and contexts and so changes the texts. The cache is o
 import contextlib
 import http.client
 import json
+import signal
 import socket
 import subprocess
 import sys
@@ -28,6 +29,7 @@ PREAMBLE = "preamble.bin"
 
 def main():
     work, options = arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leave no server behind
     slots = max(len(work["chains"]), *(point["rows"] for point in work["plain"]))
     with tempfile.TemporaryDirectory() as folder, server(options, slots, work["context"], folder) as port:
         result = plain_points(work, plain(port)) if options.part == "plain" else chain(work, port)

@@ -132,17 +132,17 @@ def block_of(own: Entries, index, slots_Q) -> Entries:
     return jax.tree.map(read, own, own.axes())
 
 
-def append(strips: Strips, own: Entries, k_KQSN, v_KQSN) -> Entries:
-    """Write new keys and values, strip by strip, each into its window; strips without tokens go where none is read."""
+def append(strips: Strips, layers: tuple[Entries, ...], new: tuple[Entries, ...]) -> tuple[Entries, ...]:
+    """Write new entries, strip by strip, each into its window; strips without tokens go where none is read.
+
+    `new` is what `as_entries` makes of the keys and values of each layer.
+    """
     count, length = strips.tokens_QT.shape
     slots_Q = jnp.arange(count) if strips.slots_Q is None else strips.slots_Q
-    blocks_Q = jnp.where(jnp.any(strips.real_QT, axis=1), strips.starts_Q // BLOCK, own.keys.shape[0] - 1)
+    blocks_Q = jnp.where(jnp.any(strips.real_QT, axis=1), strips.starts_Q // BLOCK, layers[0].keys.shape[0] - 1)
     offsets_Q = strips.starts_Q % BLOCK
-    keys, key_scales = _stored(k_KQSN, own)
-    values, value_scales = _stored(v_KQSN, own)
-    new = Entries(keys, values, key_scales, value_scales, own.orders)
 
-    def write_strip(q, own):
+    def write_strip(q, layers):
         place = {"z": blocks_Q[q], "q": slots_Q[q], "s": offsets_Q[q]}
 
         def write(array, order, new):  # new: [K, Q, S] or [K, Q, S, N]
@@ -155,9 +155,18 @@ def append(strips: Strips, own: Entries, k_KQSN, v_KQSN) -> Entries:
                 update = jnp.where(real, update, jax.lax.dynamic_slice(array, at, update.shape))
             return jax.lax.dynamic_update_slice(array, update, at)
 
-        return jax.tree.map(write, own, own.axes(), new)
+        return tuple(
+            jax.tree.map(write, own, own.axes(), entries) for own, entries in zip(layers, new, strict=True)
+        )
 
-    return jax.lax.fori_loop(0, count, write_strip, own)
+    return jax.lax.fori_loop(0, count, write_strip, layers)
+
+
+def as_entries(own: Entries, k_KQSN, v_KQSN) -> Entries:
+    """New keys and values in the precision of the cache, `[K, Q, S, N]`, with their scales `[K, Q, S]`."""
+    keys, key_scales = _stored(k_KQSN, own)
+    values, value_scales = _stored(v_KQSN, own)
+    return Entries(keys, values, key_scales, value_scales, own.orders)
 
 
 def _stored(x_KQSN, own: Entries):

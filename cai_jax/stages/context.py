@@ -19,6 +19,8 @@ from cai_jax.models.pretrained import Model, load_model, model_hash, save_model
 from cai_jax.progress import Progress, duration
 from cai_jax.provenance import StageFolder, check_free_space, row_seed
 from cai_jax.sampler import Sampler
+from cai_jax.sampler.cache import cache_bytes
+from cai_jax.sampler.memory import check_cache_fits, gibibytes
 from cai_jax.stages.inputs import INPUTS, check_models, override_of, read_prompts
 from cai_jax.stages.memory import peak_memory, reset_peak_memory
 
@@ -80,6 +82,8 @@ class Context:
             max_length=min(self.config.sampler.max_length, model.config.max_position),
             rows=self.config.sampler.rows,
             dtype=self.config.model.compute_dtype,
+            int8_weights=self.config.sampler.int8_weights,
+            int8_cache=self.config.sampler.int8_cache,
             mesh=self.mesh if self.mesh.devices.size > 1 else None,
             prefill_tokens=self.config.sampler.prefill_tokens,
             programs=self.programs,
@@ -193,12 +197,25 @@ def prepare(name: str, config: Config, run_dir: Path, fresh: bool, progress: Pro
     parameter_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(base.params))
     check_free_space(run_dir, parameter_bytes * max(DISK_COPIES.get(stage, 0) for stage in config.stages))
     context = Context(name, config, Path(run_dir), progress, mesh, constitution, prompts, base)
+    _announce_cache(context)
     if fresh:
         for stage in config.stages:
             context.folder(stage).discard()
     else:
         context.check_unchanged()
     return context
+
+
+def _announce_cache(context: Context) -> None:
+    """Say what the sampler's cache will take, or refuse it with what would fit."""
+    shape = context.config.sampler
+    length = min(shape.max_length, context.base.config.max_position)
+    dtype = "int8" if shape.int8_cache else context.config.model.compute_dtype
+    asked = context.base.config, shape.rows, length, 0, dtype
+    check_cache_fits(*asked, context.mesh)
+    context.progress.log(
+        f"sampler: {shape.rows} slots of {length} tokens, key/value cache {gibibytes(cache_bytes(*asked))}"
+    )
 
 
 def _check_rows(config: Config, mesh) -> None:

@@ -77,12 +77,6 @@ def messages_of(prompt) -> list[dict]:
     return [{"role": message["role"], "content": message["content"]} for message in prompt.messages]
 
 
-def counted(names: Sequence[str], flags: Sequence[Sequence[str]]) -> dict[str, int]:
-    """How often each named flag was raised; zeros too."""
-    counts = Counter(flag for row in flags for flag in row)
-    return {name: counts[name] for name in names}
-
-
 def mean(values: Sequence[float]) -> float | None:
     """The mean, or None of nothing."""
     values = list(values)

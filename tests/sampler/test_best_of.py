@@ -4,8 +4,7 @@ import pytest
 
 from cai_jax import Sampler, Sampling, load_model
 from cai_jax.errors import UserError
-from cai_jax.sampler import best_of_n, several
-from cai_jax.sampler import memory
+from cai_jax.sampler import best_of_n, memory, several
 
 CHATS = [[{"role": "user", "content": text}] for text in ("Hi", "What is a tide?", "Why?")]
 FEW = Sampling(max_new_tokens=6)

@@ -5,7 +5,6 @@ import pytest
 
 from cai_jax import Sampler, Sampling, load_model
 from cai_jax.chat import encode_text
-from cai_jax.sampler import decode
 
 QUESTIONS = [
     "Hi",

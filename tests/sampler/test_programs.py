@@ -1,4 +1,4 @@
-"""The jitted programs, driven by the engine on token ids: against transformers, the full forward pass, and themselves."""
+"""The jitted programs, driven by the engine on token ids: against transformers, a full forward pass and themselves."""
 
 import dataclasses
 
