@@ -63,7 +63,7 @@ def chain(work, sampler) -> dict:
     counts = engine.counts
     return {
         "rows": rows, "seconds": seconds, "generated": counts.generated, "prefilled": counts.prefilled,
-        "reused": counts.reused, "occupancy": counts.busy / max(1, counts.steps),
+        "reused": counts.reused, "occupancy": counts.generated / max(1, counts.steps),
     }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The whole of Constitutional AI on a 7B model, on a TPU v4-32 slice or larger."""
+"""The whole of Constitutional AI on a 7B model, on TPUs or GPUs."""
 
 from cai_jax import config as c
 
@@ -6,10 +6,10 @@ from cai_jax import config as c
 def config() -> c.Config:
     long = c.Sampling(max_new_tokens=512)
     return c.Config(
-        description="all stages on Mistral-7B-Instruct, sharded over every device (TPU v4-32 and up)",
+        description="all stages on Mistral-7B-Instruct, sharded over every device",
         model=c.Model("mistralai/Mistral-7B-Instruct-v0.3", compute_dtype="bfloat16", remat="full"),
         mesh=c.Mesh(data=1, fsdp=-1),
-        sampler=c.Sampler(rows=256, max_length=4096),
+        sampler=c.Sampler(rows=128, max_length=3072),
         critique_revision=c.CritiqueRevision(
             rounds=4,
             response=long,

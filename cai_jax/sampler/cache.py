@@ -177,8 +177,8 @@ def _stored(x_KQSN, own: Entries):
     return jnp.round(x_KQSN / scales_KQS[..., None]).astype(jnp.int8), scales_KQS.astype(jnp.float32)
 
 
-def share(cache: Cache, slot, length: int) -> Cache:
-    """Make the first `length` entries of a slot the shared prefix."""
+def first_entries(cache: Cache, slot, length: int) -> tuple[Entries, ...]:
+    """The first `length` entries of a slot, as the prefix that slots may share."""
 
     def of_slot(array, order, wanted):
         own = jax.lax.dynamic_index_in_dim(array, slot, order.index("q"), keepdims=False)
@@ -192,4 +192,4 @@ def share(cache: Cache, slot, length: int) -> Cache:
         arrays = jax.tree.map(of_slot, own, own.axes(), shared.axes().replace(orders=own.orders))
         return arrays.replace(orders=shared.orders)
 
-    return cache.replace(shared=tuple(map(of_layer, cache.own, cache.shared)))
+    return tuple(map(of_layer, cache.own, cache.shared))

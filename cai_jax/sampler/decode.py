@@ -13,8 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from cai_jax.models.families import ModelConfig
 from cai_jax.models.transformer import unembed
-from cai_jax.sampler import cache as caches
-from cai_jax.sampler.cache import Cache, Strips, cache_specs
+from cai_jax.sampler.cache import Cache, Strips, cache_specs, first_entries
 from cai_jax.sampler.layers import extend
 from cai_jax.sampler.sampling import RowSettings, sample
 
@@ -97,10 +96,10 @@ def decode(config: ModelConfig, mesh, weights, cache: Cache, slots: Slots, histo
 
 
 @partial(jax.jit, static_argnames=("mesh", "length"))
-def share(mesh, cache: Cache, length: int) -> Cache:
-    """Make the first `length` entries of slot 0 (of each data shard) the prefix that all slots may stand on."""
+def share(mesh, cache: Cache, length: int):
+    """The first `length` entries of slot 0 (of each data shard), as the prefix that all slots may stand on."""
     kept = cache_specs(cache)
-    return _on_shards(mesh, lambda cache: caches.share(cache, 0, length), (kept,), kept)(cache)
+    return _on_shards(mesh, lambda cache: first_entries(cache, 0, length), (kept,), kept.shared)(cache)
 
 
 @flax.struct.dataclass

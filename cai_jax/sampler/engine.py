@@ -298,7 +298,7 @@ class Sampler:
                     piece.slot.ran(piece.run, piece.count)
             self.counts.prefilled += len(tokens)
             self.programs.add(("share", *self._shapes()))
-            self._cache = decode.share(self.mesh, self._cache, room)
+            self._cache = self._cache.replace(shared=decode.share(self.mesh, self._cache, room))
 
     def _prefix_tokens(self, messages) -> list[int]:
         """Without messages it is what the template writes before the first text of a user: often a system turn."""

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from cai_jax.models.families import ModelConfig
 from cai_jax.models.transformer import NEGATIVE, block, embed, rms_norm, rope_tables, softcap
-from cai_jax.sampler.cache import BLOCK, Cache, Entries, Strips, append, as_entries, block_of
+from cai_jax.sampler.cache import BLOCK, CPU_ORDERS, Cache, Entries, Strips, append, as_entries, block_of
 
 
 def extend(config: ModelConfig, weights, cache: Cache, strips: Strips):
@@ -27,6 +27,7 @@ def extend(config: ModelConfig, weights, cache: Cache, strips: Strips):
     x_1MD = embed(config, weights, strips.tokens_QT.reshape(1, -1))
     rope_R1MN = rope_tables(config, positions_QT.reshape(1, -1))
     own, new, decoding = list(cache.own), [], length == 1
+    sights = {window: _sight(places_QT, strips.shared_Q, window, cache, decoding) for window in set(config.windows)}
     for i, layer in enumerate(weights["layers"]):
 
         def attend(q_1MHN, k_1MKN, v_1MKN, i=i):
@@ -37,9 +38,11 @@ def extend(config: ModelConfig, weights, cache: Cache, strips: Strips):
             new.append(as_entries(own[i], by_head(k_1MKN)[:, :, :, 0], by_head(v_1MKN)[:, :, :, 0]))
             if not decoding:
                 (own[i],) = append(strips, (own[i],), (new[i],))
-            see = _Sight(places_QT, strips.shared_Q, strips.slots_Q, config.windows[i], int(decoding))
             q_KQTGN = by_head(q_1MHN * config.query_scale).astype(weights["embed"].dtype)
-            out_KQTGN = _attend(config, q_KQTGN, cache.shared[i], own[i], new[i] if decoding else None, see)
+            sight = sights[config.windows[i]]
+            out_KQTGN = _attend(
+                config, q_KQTGN, cache.shared[i], own[i], new[i] if decoding else None, strips.slots_Q, sight
+            )
             return out_KQTGN.transpose(1, 2, 0, 3, 4).reshape(1, count * length, -1)
 
         x_1MD = block(config, layer, x_1MD, rope_R1MN[config.rope_of_layer[i]], attend)
@@ -50,55 +53,56 @@ def extend(config: ModelConfig, weights, cache: Cache, strips: Strips):
 
 @dataclass(frozen=True)
 class _Sight:
-    """What the tokens of a pass see, each standing at a place of its slot (-1: no token, sees nothing)."""
+    """What the tokens of a pass see, as numbers to add to scores: 0, or NEGATIVE. Made once a pass and window."""
 
-    places_QT: jax.Array
-    shared_Q: jax.Array
-    slots_Q: jax.Array | None
-    window: int
-    behind: int  # entries of a slot that a token sees end so many before itself
-
-    def prefix(self, length: int):
-        """`[Q, T, P]`: entries of the shared prefix."""
-        entries_P = jnp.arange(length)
-        seen_Q1P = entries_P < self.shared_Q[:, None, None]
-        return seen_Q1P & self._near(self.shared_Q[:, None, None] + self.places_QT[..., None] - entries_P)
-
-    def block(self, index):
-        """`[Q, T, BLOCK]`: entries of a block of the slot."""
-        return self._near(self.places_QT[..., None] - (index * BLOCK + jnp.arange(BLOCK)), self.behind)
-
-    def _near(self, distance, least=0):
-        seen = (self.places_QT >= 0)[..., None] & (distance >= least)
-        return seen & (distance < self.window) if self.window else seen
+    prefix_QTS: jax.Array
+    blocks_ZQTS: jax.Array
+    full: jax.Array  # blocks that hold anything
 
 
-def _attend(config: ModelConfig, q_KQTGN, shared: Entries, own: Entries, itself: Entries | None, see: _Sight):
+def _sight(places_QT, shared_Q, window: int, cache: Cache, decoding: bool) -> _Sight:
+    """Each token stands at a place of its slot (-1: none, sees nothing); decoding, it is not in the cache itself."""
+    behind = int(decoding)
+
+    def bias(distance, least, also=True):
+        seen = (places_QT >= 0)[..., None] & (distance >= least) & also
+        return jnp.where(seen & (distance < window) if window else seen, 0.0, NEGATIVE)
+
+    prefix_P, blocks = jnp.arange(cache.prefix_room), cache.own[0].keys.shape[0] - 1
+    from_prefix = bias((shared_Q[:, None] + places_QT)[..., None] - prefix_P, 0, prefix_P < shared_Q[:, None, None])
+    from_own = bias(places_QT[..., None] - jnp.arange(blocks * BLOCK), behind)
+    from_own = jnp.moveaxis(from_own.reshape(*places_QT.shape, blocks, BLOCK), 2, 0)
+    return _Sight(*jax.lax.optimization_barrier((from_prefix, from_own)), (jnp.max(places_QT) - behind) // BLOCK + 1)
+
+
+def _attend(config, q_KQTGN, shared: Entries, own: Entries, itself: Entries | None, slots_Q, sight: _Sight):
     """Attention over prefix and own blocks, one after the other, with one running softmax. Queries are scaled.
 
-    `itself` is the entry of each strip's only token where the cache does not hold it yet.
-
-    Every sum runs over the entries of a slot in their order, so a row's result does not depend on which tokens came
-    in one pass, nor on other rows.
+    `itself` is the entry of each strip's only token where the cache does not hold it yet. Every sum runs over the
+    entries of a slot in their order, so a row's result does not depend on which tokens came in one pass, nor on other
+    rows.
     """
     heads, count, length, group, size = q_KQTGN.shape
     q_KQRN = q_KQTGN.reshape(heads, count, length * group, size)
+    # A CPU would compute what it fuses into a sum once more, and one number at a time.
+    stored = jax.lax.optimization_barrier if own.orders == CPU_ORDERS else lambda x: x
 
-    def add(entries: Entries, seen_QTS, carry):
+    def add(entries: Entries, bias_QTS, carry):
         """Some more entries for the running softmax: (highest score, sum of weights, weighted sum of values)."""
         top, total, mixed = carry
         of_keys, of_values = (order.replace("z", "") for order in entries.orders)
-        seen_QRS = jnp.repeat(seen_QTS, group, axis=1)
         scores = _product(f"kqrn,{of_keys}->kqrs", q_KQRN, entries.keys, entries.key_scales)
-        scores = jnp.where(seen_QRS, softcap(scores, config.attn_softcap), NEGATIVE)
+        scores = softcap(scores, config.attn_softcap).reshape(heads, count, length, group, -1)
+        scores = stored((scores + bias_QTS[:, :, None]).reshape(heads, count, length * group, -1))
         higher = jnp.maximum(top, jnp.max(scores, axis=-1))
-        weights, fade = jnp.exp(scores - higher[..., None]), jnp.exp(top - higher)
+        weights, fade = stored(jnp.exp(scores - higher[..., None])), jnp.exp(top - higher)
         scaled = weights if entries.value_scales is None else weights * _beside(entries.value_scales, weights)
         more = _product(f"kqrs,{of_values}->kqrn", scaled.astype(q_KQTGN.dtype), entries.values, None)
         return higher, total * fade + jnp.sum(weights, axis=-1), mixed * fade[..., None] + more
 
     def add_block(index, carry):
-        return add(block_of(own, index, see.slots_Q), see.block(index), carry)
+        bias_QTS = jax.lax.dynamic_index_in_dim(sight.blocks_ZQTS, index, 0, keepdims=False)
+        return add(block_of(own, index, slots_Q), bias_QTS, carry)
 
     shape = heads, count, length * group
     if itself is None:
@@ -107,10 +111,9 @@ def _attend(config: ModelConfig, q_KQTGN, shared: Entries, own: Entries, itself:
         key_KQ1N, value_KQ1N = _plain(itself.keys, itself.key_scales), _plain(itself.values, itself.value_scales)
         top = softcap(jnp.sum(q_KQRN.astype(jnp.float32) * key_KQ1N, axis=-1), config.attn_softcap)
         carry = top, jnp.ones(shape), jnp.broadcast_to(value_KQ1N, (*shape, size))
-    if prefix := shared.keys.shape[-1]:
-        carry = add(shared, see.prefix(prefix), carry)
-    full = (jnp.max(see.places_QT) - see.behind) // BLOCK + 1
-    _, total, mixed = jax.lax.fori_loop(0, full, add_block, carry)
+    if shared.keys.shape[-1]:
+        carry = add(shared, sight.prefix_QTS, carry)
+    _, total, mixed = jax.lax.fori_loop(0, sight.full, add_block, carry)
     return (mixed / total[..., None]).reshape(q_KQTGN.shape)
 
 
