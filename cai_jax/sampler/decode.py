@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from cai_jax.mesh import ROWS
 from cai_jax.models.families import ModelConfig
 from cai_jax.models.transformer import unembed
 from cai_jax.sampler.cache import Cache, Strips, cache_specs, first_entries
 from cai_jax.sampler.layers import extend
 from cai_jax.sampler.sampling import RowSettings, sample
 
-ROWS = ("data", "fsdp")
 ASKED_AT_ONCE = 32  # positions whose logits exist together in prefill
 
 
@@ -61,7 +61,7 @@ def prefill(config: ModelConfig, mesh, weights, cache: Cache, strips: Strips, as
         full = (asked.count_1[0] + ASKED_AT_ONCE - 1) // ASKED_AT_ONCE
         return cache, jax.lax.fori_loop(0, full, some, jnp.zeros(asked.tokens_MX.shape, jnp.float32))
 
-    kept, rows = cache_specs(cache), P(ROWS)
+    kept, rows = cache_specs(cache), ROWS
     return _on_shards(mesh, local, (P(), kept, rows, rows), (kept, rows))(weights, cache, strips, asked)
 
 
@@ -89,7 +89,7 @@ def decode(config: ModelConfig, mesh, weights, cache: Cache, slots: Slots, histo
         loop = jax.lax.while_loop(goes_on, partial(_step, config, weights, slots), begin)
         return loop.cache, loop.tokens_BC, loop.logprobs_BC, loop.counts_B
 
-    kept, rows = cache_specs(cache), P(ROWS)
+    kept, rows = cache_specs(cache), ROWS
     return _on_shards(mesh, local, (P(), kept, rows, rows, P()), (kept, rows, rows, rows))(
         weights, cache, slots, history_BS, patience
     )
@@ -159,5 +159,5 @@ def _on_shards(mesh, function, in_specs, out_specs):
     if mesh is None:
         return function
     return jax.shard_map(
-        function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=set(ROWS), check_vma=False
+        function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=set(ROWS[0]), check_vma=False
     )

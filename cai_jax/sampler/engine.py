@@ -18,7 +18,7 @@ from cai_jax.config import Sampling
 from cai_jax.mesh import put_rows
 from cai_jax.provenance import row_seed
 from cai_jax.sampler import decode
-from cai_jax.sampler.cache import BLOCK, STRIP, cache_bytes, new_cache
+from cai_jax.sampler.cache import BLOCK, STRIP, new_cache
 from cai_jax.sampler.memory import check_cache_fits
 from cai_jax.sampler.requests import Generate, Row, Sample, Score
 from cai_jax.sampler.sampling import RowSettings
@@ -140,10 +140,6 @@ class Sampler:
     def fits(self, conversation: Sequence, new_tokens: int, prefix: Sequence = ()) -> bool:
         """Whether a conversation and a completion of `new_tokens` stay inside `max_length`."""
         return len(self._encode([*prefix, *conversation])) + new_tokens <= self.max_length
-
-    def cache_bytes(self) -> int:
-        """Bytes of the key/value cache of all slots."""
-        return cache_bytes(self.model.config, self.rows, self.max_length, len(self._prefix), self._cache_dtype)
 
     # ---- rows and their requests
 

@@ -1,13 +1,13 @@
 """Weights as decoding wants them."""
 
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
 
 from cai_jax.mesh import decoding_shardings
 from cai_jax.models import kernels
-from cai_jax.models.families import ModelConfig
+from cai_jax.models.families import ModelConfig, param_shapes
 
 PROJECTIONS = ("qkv", "q", "k", "v", "o", "gate_up", "gate", "up", "down")
 
@@ -19,9 +19,16 @@ def prepare(config: ModelConfig, params, dtype, mesh=None, int8=False):
     which they stay split (and then unfused, for a fused projection has no common split). With `int8` the projections
     of the layers are stored as int8 with a scale an output.
     """
+    return _preparation(config, dtype, mesh, int8)(params)
+
+
+@cache
+def _preparation(config, dtype, mesh, int8):
+    """The jitted cast and reshard, compiled once for all versions of a policy."""
     form = partial(decoding_form, config, dtype, mesh, int8)
-    shardings = None if mesh is None else decoding_shardings(mesh, jax.eval_shape(form, params))
-    return jax.jit(form, out_shardings=shardings)(params)
+    if mesh is None:
+        return jax.jit(form)
+    return jax.jit(form, out_shardings=decoding_shardings(mesh, jax.eval_shape(form, param_shapes(config, "policy"))))
 
 
 def decoding_form(config: ModelConfig, dtype, mesh, int8, params):

@@ -180,9 +180,9 @@ def test_only_the_wanted_slice_is_read(monkeypatch):
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 def test_peak_memory_is_the_model_and_a_leaf(tmp_path):
-    """Never twice the model: beside it stand the leaf on its way and the pages of the file that it is read from."""
+    """Far below twice the model. Its leaves are large enough that what the program itself needs does not count."""
     config = families.tiny_hf_config("llama") | dict(
-        hidden_size=512, intermediate_size=2048, num_hidden_layers=6, vocab_size=4096, head_dim=128
+        hidden_size=1024, intermediate_size=2048, num_hidden_layers=6, vocab_size=4096, head_dim=128
     )
     rng, tensors = np.random.default_rng(0), {}
     parsed = families.config_from_hf(config, "config.json")
@@ -205,7 +205,8 @@ print(peak() - warm)
 """
     command = [sys.executable, "-c", code, str(ORACLES / "llama_tied"), str(tmp_path)]
     out = subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parents[2])
-    assert 0.8 < int(out.stdout) / size < 1.85
+    grown, largest = int(out.stdout), 6 * 1024 * 2048 * 4
+    assert size * 0.8 < grown < size + 2.5 * largest, (grown, size, largest)
 
 
 def test_older_files(folder):

@@ -20,7 +20,7 @@ PREFIX = [{"role": "user", "content": "Be brief."}, {"role": "assistant", "conte
 
 @pytest.fixture(scope="module")
 def sampler():
-    return Sampler(load_model("random:llama"), max_length=512, rows=8)
+    return Sampler(load_model("random:llama"), max_length=512, rows=3)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,9 @@ def test_a_row_without_a_stop_token_is_truncated_and_one_with_it_keeps_it(sample
 def test_a_prefix_is_reused_and_changes_nothing(sampler):
     greedy = Sampling(temperature=0.0, max_new_tokens=10)
     whole = sampler.generate([[*PREFIX, *conversation] for conversation in CONVERSATIONS], greedy, row_seeds=SEEDS)
+    before = sampler.counts.reused
     reused = sampler.generate(CONVERSATIONS, greedy, row_seeds=SEEDS, prefix=PREFIX)
+    assert sampler.counts.reused - before >= len(CONVERSATIONS) * len(sampler._prefix_tokens(PREFIX))
     assert [sample.tokens for sample in reused] == [sample.tokens for sample in whole]
 
 
