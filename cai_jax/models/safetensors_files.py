@@ -94,7 +94,8 @@ class Checkpoint:
                     out[row if tensor.stacked else ...] = part.T if tensor.transposed else part
             return out
 
-        return jax.make_array_from_callback(shape, sharding, read_slices)
+        # Transfers run behind; without a wait the host's copies of several leaves would be held at once.
+        return jax.block_until_ready(jax.make_array_from_callback(shape, sharding, read_slices))
 
 
 def _files_of_index(path: Path) -> list[str]:
