@@ -1,5 +1,6 @@
 # make demo   the whole of Constitutional AI on SmolLM2-135M-Instruct, on this machine's CPU
 # make test   the tests           make env    the environment, .venv      make model  the demo's model
+# make test-all  the tests that take long, too
 # make bench  the sampler against its peers (hours the first time; makes their environments; needs a C++ compiler)
 # make lint   ruff                make lock   new constraints.txt         make clean  remove .venv and caches
 
@@ -15,13 +16,16 @@ FIND_PYTHON = for python in $(or $(PYTHON),python3.11 python3); do \
 MAKE_VENV = $$python -m venv $(1) >/dev/null || \
 	{ echo "error: $$python cannot make a virtual environment; on Debian and Ubuntu install python3-venv" >&2; exit 2; }
 
-.PHONY: demo test bench env model lint lock clean
+.PHONY: demo test test-all bench env model lint lock clean
 
 demo: model
 	$(RUN) -m cai_jax.launch --config=cai_smollm2
 
 test: env
 	$(RUN) -m pytest --numprocesses=2 --dist=loadfile
+
+test-all: env
+	$(RUN) -m pytest --numprocesses=2 --dist=loadfile -m ''
 
 bench: model
 	$(RUN) benchmarks/sampler.py
