@@ -46,6 +46,11 @@ def make_mesh(config, devices=None) -> jax.sharding.Mesh:
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
+def platform_of(mesh) -> str:
+    """cpu | gpu | tpu: where programs on this mesh run; None is the first device."""
+    return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+
+
 def shardings(mesh, tree):
     """A NamedSharding for every leaf of a pytree of arrays or shapes; leaves of rank 0 are replicated.
 

@@ -44,9 +44,12 @@ def dot(x, kernel):
     """
     if isinstance(kernel, Int8):
         return dot(x, jax.tree.map(lambda leaf: leaf.astype(x.dtype), kernel.kernel)) * kernel.scale_O
+    rows, on_cpu = math.prod(x.shape[:-1]), jax.default_backend() == "cpu"
+    if on_cpu and rows == 1 and jax.tree.leaves(kernel)[0].dtype == jnp.bfloat16:
+        # XLA's CPU multiplies matrices in bfloat16, but widens one that meets a vector. So the vector comes twice.
+        return dot(jnp.broadcast_to(x.reshape(1, -1), (2, x.shape[-1])), kernel)[:1].reshape(*x.shape[:-1], -1)
     if isinstance(kernel, Transposed):
-        few = math.prod(x.shape[:-1]) <= FEW_ROWS and jax.default_backend() == "cpu"
-        if few:
+        if on_cpu and rows <= FEW_ROWS and kernel.kernel_OI.dtype == jnp.float32:
             return _feature_major(x, kernel.kernel_OI)
         return _product(x, kernel.kernel_OI, (((x.ndim - 1,), (1,)), ((), ())))
     return _product(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))

@@ -69,8 +69,12 @@ def layer_data(config: ModelConfig):
 
 def embed(config: ModelConfig, params, tokens_BT):
     """Token embeddings `[B, T, D]`, float32, scaled where the family scales them."""
-    table = params["embed"]
-    x_BTD = table[tokens_BT].astype(jnp.promote_types(table.dtype, jnp.float32))
+    return scale_embedded(config, params["embed"][tokens_BT])
+
+
+def scale_embedded(config: ModelConfig, x_BTD):
+    """Rows of the embedding table in float32, scaled where the family scales them."""
+    x_BTD = x_BTD.astype(jnp.promote_types(x_BTD.dtype, jnp.float32))
     return x_BTD * config.embed_scale if config.embed_scale != 1.0 else x_BTD
 
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from cai_jax.mesh import ROWS
+from cai_jax.mesh import ROWS, platform_of
 from cai_jax.models.families import ModelConfig
 
 BLOCK = 128
@@ -91,9 +91,14 @@ def empty_cache(config: ModelConfig, rows: int, length: int, prefix: int, dtype,
     )
 
 
+def entry_dtype(compute_dtype: str, int8: bool, platform: str) -> str:
+    """What keys and values are stored in. On a CPU never in bfloat16: to widen them takes longer than to read them."""
+    return "int8" if int8 else "float32" if platform == "cpu" else compute_dtype
+
+
 def new_cache(config: ModelConfig, rows: int, length: int, prefix: int, dtype, mesh=None) -> Cache:
     """An empty cache where it belongs on the mesh."""
-    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    platform = platform_of(mesh)
     make = partial(empty_cache, config, rows, length, prefix, dtype, platform)
     return jax.jit(make, out_shardings=None if mesh is None else cache_shardings(config, mesh, jax.eval_shape(make)))()
 

@@ -15,10 +15,10 @@ import numpy as np
 
 from cai_jax.chat import decode_text, encode_chat, encode_text, stop_ids
 from cai_jax.config import Sampling
-from cai_jax.mesh import put_rows
+from cai_jax.mesh import platform_of, put_rows
 from cai_jax.provenance import row_seed
 from cai_jax.sampler import decode
-from cai_jax.sampler.cache import BLOCK, STRIP, new_cache
+from cai_jax.sampler.cache import BLOCK, STRIP, entry_dtype, new_cache
 from cai_jax.sampler.memory import check_cache_fits
 from cai_jax.sampler.requests import Generate, Row, Sample, Score
 from cai_jax.sampler.sampling import RowSettings
@@ -68,7 +68,7 @@ class Sampler:
         self._ways = 1 if self.mesh is None else self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         self._strips = max(1, self.prefill_tokens // (STRIP * self._ways))  # of each data shard
         self._weights = prepare(config, self.model.params, self.dtype, self.mesh, self.int8_weights)
-        self._cache_dtype = "int8" if self.int8_cache else self.dtype
+        self._cache_dtype = entry_dtype(self.dtype, self.int8_cache, platform_of(self.mesh))
         self._cache = None  # made for the first request, with the room that its prefix needs
         self._prefix: list[int] = []
         self._stops = () if self.ignore_stops else stop_ids(self.model.tokenizer, config.eos_ids)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from cai_jax.models.families import ModelConfig
-from cai_jax.models.transformer import NEGATIVE, block, embed, rms_norm, rope_tables, softcap
+from cai_jax.models.transformer import NEGATIVE, block, rms_norm, rope_tables, scale_embedded, softcap
 from cai_jax.sampler.cache import BLOCK, CPU_ORDERS, Cache, Entries, Strips, append, as_entries, block_of
 
 
@@ -24,7 +24,7 @@ def extend(config: ModelConfig, weights, cache: Cache, strips: Strips):
     count, length = strips.tokens_QT.shape
     places_QT = jnp.where(strips.real_QT, strips.starts_Q[:, None] + jnp.arange(length), -1)
     positions_QT = jnp.where(strips.real_QT, strips.shared_Q[:, None] + places_QT, -1)
-    x_1MD = embed(config, weights, strips.tokens_QT.reshape(1, -1))
+    x_1MD = _embed(config, weights["embed"], strips.tokens_QT.reshape(1, -1))
     rope_R1MN = rope_tables(config, positions_QT.reshape(1, -1))
     own, new, decoding = list(cache.own), [], length == 1
     sights = {window: _sight(places_QT, strips.shared_Q, window, cache, decoding) for window in set(config.windows)}
@@ -38,7 +38,9 @@ def extend(config: ModelConfig, weights, cache: Cache, strips: Strips):
             new.append(as_entries(own[i], by_head(k_1MKN)[:, :, :, 0], by_head(v_1MKN)[:, :, :, 0]))
             if not decoding:
                 (own[i],) = append(strips, (own[i],), (new[i],))
-            q_KQTGN = by_head(q_1MHN * config.query_scale).astype(weights["embed"].dtype)
+            # On a CPU many small products in half precision are slower than in float32.
+            operands = jnp.float32 if own[i].orders == CPU_ORDERS else weights["embed"].dtype
+            q_KQTGN = by_head(q_1MHN * config.query_scale).astype(operands)
             sight = sights[config.windows[i]]
             out_KQTGN = _attend(
                 config, q_KQTGN, cache.shared[i], own[i], new[i] if decoding else None, strips.slots_Q, sight
@@ -49,6 +51,14 @@ def extend(config: ModelConfig, weights, cache: Cache, strips: Strips):
     hidden_1MD = rms_norm(config, x_1MD, weights["final_norm"])
     own = append(strips, cache.own, tuple(new)) if decoding else tuple(own)
     return cache.replace(own=own), hidden_1MD.reshape(count, length, -1)
+
+
+def _embed(config: ModelConfig, table_VD, tokens_1M):
+    """`transformer.embed` by the bits: a CPU would widen the whole table before it takes rows of half precision."""
+    if table_VD.dtype != jnp.bfloat16:
+        return scale_embedded(config, table_VD[tokens_1M])
+    bits_1MD = jax.lax.bitcast_convert_type(table_VD, jnp.uint16)[tokens_1M]
+    return scale_embedded(config, jax.lax.bitcast_convert_type(bits_1MD, table_VD.dtype))
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from functools import cache, partial
 import jax
 import jax.numpy as jnp
 
-from cai_jax.mesh import decoding_shardings
+from cai_jax.mesh import decoding_shardings, platform_of
 from cai_jax.models import kernels
 from cai_jax.models.families import ModelConfig, param_shapes
 
@@ -34,7 +34,6 @@ def _preparation(config, dtype, mesh, int8):
 def decoding_form(config: ModelConfig, dtype, mesh, int8, params):
     """What `prepare` makes of params, without a jit and a place."""
     fuse = mesh is None or mesh.shape["tensor"] == 1
-    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
     params = kernels.cast(params, dtype)
     stacked = dict(params["layers"])
     if fuse:
@@ -44,7 +43,7 @@ def decoding_form(config: ModelConfig, dtype, mesh, int8, params):
                     pieces = [stacked.pop(part + suffix) for part in parts]
                     stacked[fused + suffix] = jnp.concatenate(pieces, axis=-1)
     projections = [name for name in PROJECTIONS if name in stacked]
-    if platform == "cpu":
+    if platform_of(mesh) == "cpu" and jnp.dtype(dtype) == jnp.float32:  # half precision is multiplied as it lies
         for name in projections:
             stacked[name] = kernels.Transposed(jnp.swapaxes(stacked[name], 1, 2))
         if not config.tie_embeddings:

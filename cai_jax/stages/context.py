@@ -19,7 +19,7 @@ from cai_jax.models.pretrained import Model, load_model, model_hash, save_model
 from cai_jax.progress import Progress, duration
 from cai_jax.provenance import StageFolder, check_free_space, row_seed
 from cai_jax.sampler import Sampler
-from cai_jax.sampler.cache import cache_bytes
+from cai_jax.sampler.cache import cache_bytes, entry_dtype
 from cai_jax.sampler.memory import check_cache_fits, gibibytes
 from cai_jax.stages.inputs import INPUTS, check_models, override_of, read_prompts
 from cai_jax.stages.memory import peak_memory, reset_peak_memory
@@ -50,6 +50,7 @@ class Context:
     prompts: dict
     base: Model
     programs: set = field(default_factory=set)  # static shapes that the samplers of the stage have run
+    all_programs: set = field(default_factory=set)  # the same of all stages of this command
 
     def folder(self, stage: str) -> StageFolder:
         """The artifacts of a stage."""
@@ -141,12 +142,14 @@ class Context:
         summary = importlib.import_module(f"cai_jax.stages.{stage}").run(self, folder)
         folder.write_summary(summary)
         seconds = time.monotonic() - clock
+        self.all_programs |= self.programs
         timing = {
             "seconds": seconds,
             "peak_memory_bytes": peak_memory(),
             "started": started,
             "resumed": begun == "resume",
             "sampler_programs": len(self.programs),
+            "sampler_programs_so_far": len(self.all_programs),
         }
         folder.finish(timing)
         gc.collect()
@@ -210,7 +213,7 @@ def _announce_cache(context: Context) -> None:
     """Say what the sampler's cache will take, or refuse it with what would fit."""
     shape = context.config.sampler
     length = min(shape.max_length, context.base.config.max_position)
-    dtype = "int8" if shape.int8_cache else context.config.model.compute_dtype
+    dtype = entry_dtype(context.config.model.compute_dtype, shape.int8_cache, meshes.platform_of(context.mesh))
     asked = context.base.config, shape.rows, length, 0, dtype
     check_cache_fits(*asked, context.mesh)
     context.progress.log(

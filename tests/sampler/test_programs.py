@@ -75,6 +75,18 @@ def test_log_probs_of_sampled_tokens_are_those_of_a_full_forward_pass(oracles, t
         np.testing.assert_allclose(sample.logprobs, expected[np.arange(16), sample.tokens], atol=1e-4)
 
 
+@pytest.mark.parametrize("rows", [1, 8])
+def test_bfloat16_operands_stay_near_float32(oracles, rows):
+    """One slot alone takes another product than many do, and rows of the table are taken by their bits."""
+    io = np.load(oracles / "llama_tied" / "io.npz")
+    sampler = on_tokens(oracles / "llama_tied", dtype="bfloat16", rows=rows)
+    prompts = prompts_of(io)
+    samples = sampler.generate(prompts, Sampling(max_new_tokens=12))
+    for prompt, sample in zip(prompts, samples, strict=True):
+        expected = logprobs_after(sampler.model, prompt + sample.tokens)[len(prompt) - 1 : -1]
+        np.testing.assert_allclose(sample.logprobs, expected[np.arange(12), sample.tokens], atol=0.05)
+
+
 def test_options_are_scored_as_if_each_stood_alone(oracles):
     """Of one token and of many, more than one pass holds, with common first tokens and twice the same."""
     sampler = on_tokens(oracles / "llama_tied", prefill_tokens=16)
@@ -115,6 +127,26 @@ def test_settings_are_traced_and_programs_are_few(oracles):
     sampler.score([[3, 4]], [[5, 6], [7]])
     assert (decode.decode._cache_size(), decode.prefill._cache_size()) == before
     assert len(sampler.programs) == 2
+
+
+def test_nothing_is_compiled_after_the_first_tenth_of_a_long_run(oracles):
+    """Chains of every length over a shared prefix: what the first rows did not need is never needed."""
+    sampler, rng = on_tokens(oracles / "llama_tied"), np.random.default_rng(0)
+    prefix = rng.integers(3, 90, 40).tolist()
+    compiled = {}
+
+    def note(counts):
+        compiled[counts.done] = sum(f._cache_size() for f in (decode.decode, decode.prefill, decode.share))
+
+    def chain(length):
+        sample = yield Generate([*prefix, *range(length)], Sampling(max_new_tokens=1 + length // 2), length)
+        longer = [*prefix, *range(length), *sample.tokens, 5, 6]
+        yield Score(longer, [[3], [4, 5]])
+        return (yield Generate(longer, Sampling(max_new_tokens=3, top_k=3), length))
+
+    sampler.on_progress = note
+    sampler.run([chain(length) for length in rng.integers(1, 40, 60).tolist()], prefix)
+    assert max(compiled) == 60 and compiled[60] == compiled[min(done for done in compiled if done >= 6)]
 
 
 def only(request):

@@ -62,7 +62,9 @@ def test_every_stage_leaves_its_artifacts_and_the_report_shows_them(finished):
         done = json.loads((finished / stage / "done.json").read_text())
         assert {"summary.json", "fingerprint.json"} <= set(done["artifacts"])
         assert not (finished / stage / "checkpoints").exists()
-        assert json.loads((finished / stage / "timing.json").read_text())["peak_memory_bytes"] > 2**20
+        timing = json.loads((finished / stage / "timing.json").read_text())
+        assert timing["peak_memory_bytes"] > 2**20
+    assert 3 <= timing["sampler_programs_so_far"] <= 12
     assert "not run yet" not in report and "Verifiable principles" in report
     assert set(summary(finished, "evaluate")["models"]) == {"base", "sl_cai", "rl_cai"}
 
