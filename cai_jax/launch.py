@@ -1,6 +1,6 @@
 """The door: read a named run, run its stages, say where the report is.
 
-    python -m cai_jax.launch --config=NAME [--set a.b=value]... [--stages=sft,ppo] [--run_dir=DIR] [--fresh]
+    python -m cai_jax.launch --config=NAME [--set a.b=value]... [--stages=sft,ppo] [--run_dir=DIR] [--fresh] [--profile]
     python -m cai_jax.launch --list
     python -m cai_jax.launch --config=NAME --show
 

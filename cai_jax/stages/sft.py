@@ -2,8 +2,8 @@
 
 from cai_jax.chat import completion_ids, encode_chat, encode_text, turn_end_id
 from cai_jax.errors import UserError
-from cai_jax.objectives.model_losses import sft_objective
 from cai_jax.models.flops import training_flops
+from cai_jax.objectives.model_losses import sft_objective
 from cai_jax.sampler import Generate
 from cai_jax.stages.rows import make_rows, messages_of, sample_dict, unfinished, usable_prompts, watch
 from cai_jax.training import loop
