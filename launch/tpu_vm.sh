@@ -80,7 +80,7 @@ delete() {
 }
 
 on_workers() { # WORKER COMMAND
-  run gcloud compute tpus tpu-vm ssh "$opt_name" "${where[@]}" --worker="$1" --command="$2"
+  run gcloud compute tpus tpu-vm ssh "$opt_name" "${where[@]}" --quiet --worker="$1" --command="$2"
 }
 
 check_install() {
@@ -99,7 +99,7 @@ install() {
 }
 
 to_workers() { # FILE NAME_THERE
-  run gcloud compute tpus tpu-vm scp "$1" "$opt_name:$2" "${where[@]}" --worker=all
+  run gcloud compute tpus tpu-vm scp "$1" "$opt_name:$2" "${where[@]}" --quiet --worker=all
 }
 
 worker() {

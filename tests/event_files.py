@@ -20,7 +20,7 @@ def events(path: Path):
 
 
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """{tag: [(step, value)]} of a folder. A session that starts at a step voids what earlier files say from there on."""
+    """{tag: [(step, value)]} of a folder. A session that starts at a step voids it and later ones in earlier files."""
     shown: dict[str, list] = {}
     for path in event_files(folder):
         for event in events(path):
