@@ -8,6 +8,7 @@
 
 import contextlib
 import importlib.util
+import json
 import math
 import uuid
 from collections.abc import Iterator
@@ -69,8 +70,7 @@ class MetricsLog:
         self._metrics.truncate_to(unit, done)
         with contextlib.ExitStack() as stack:
             if jax.process_index() == 0:
-                if self._timings.path.exists():
-                    self._timings.truncate_to(unit, done)
+                _drop_after(self._timings.path, unit, done)
                 self._sinks = [_EventFile(self._folder, done)]
                 if self._wandb:
                     self._sinks.append(_Wandb(self._folder, self._wandb))
@@ -105,6 +105,13 @@ class MetricsLog:
     def read(self) -> list[dict]:
         """The metrics of all steps."""
         return self._metrics.read()
+
+
+def _drop_after(path: Path, unit: str, done: int) -> None:
+    """Keep the lines up to step `done`; not as strict as with metrics, whose bytes are an artifact."""
+    if path.exists():
+        lines = path.read_bytes().split(b"\n")[:-1]
+        path.write_bytes(b"".join(line + b"\n" for line in lines if json.loads(line)[unit] <= done))
 
 
 class _EventFile:
