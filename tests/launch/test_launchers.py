@@ -20,7 +20,7 @@ SCRIPTS = sorted(path.name for path in LAUNCH.glob("*.sh") if path.name != "comm
 LAUNCHERS = ("tpu_vm.sh", "gke.sh", "slurm.sh", "image.sh")
 HARD = ["--config=ppo_7b", "--set", "description=it's \"one\" $HOME `x`; a \\ b", "--set", "prompts.red_team.prompt="]
 
-_NOTE = """#!{python}
+_NOTE = """#!{python} -IS
 import json, os, pathlib, shutil, subprocess, sys
 name, arguments = pathlib.Path(sys.argv[0]).name, sys.argv[1:]
 place = pathlib.Path({place!r})
@@ -74,12 +74,23 @@ _MOUNTPOINT = "sys.exit(0 if (place / 'home' / 'mounted').exists() else 1)"
 _SUDO = "(place / 'home' / 'mounted').touch() if arguments[0] == 'mount' else None"
 
 
+# Nothing else is on the PATH: a test must never reach a real gcloud, kubectl, sbatch or docker.
+_SYSTEM = ("bash", "cat", "chmod", "date", "dirname", "grep", "gzip", "mkdir", "mktemp", "nohup", "rm", "sed", "seq",
+           "setsid", "sleep", "tail", "tar", "tee")  # fmt: skip
+
+
 class Stubs:
-    """Stand-ins on a PATH of their own, and what they were asked."""
+    """A small checkout with the launchers, stand-ins on a PATH of their own, and what they were asked."""
 
     def __init__(self, place: Path):
-        self.place, self.bin = place, place / "bin"
+        self.place, self.bin, self.root = place, place / "bin", place / "checkout"
+        shutil.copytree(LAUNCH, self.root / "launch")
+        for name in (".git", ".venv/bin/python", "runs/old/big", "cai_jax/launch.py"):
+            (self.root / name).parent.mkdir(parents=True, exist_ok=True)
+            (self.root / name).touch(mode=0o755)
         self.bin.mkdir()
+        for name in _SYSTEM:
+            (self.bin / name).symlink_to(shutil.which(name))
         self.add("runner", _RUNNER)
         (self.bin / "runner").rename(place / "runner")
         self.add("gcloud", _GCLOUD)
@@ -96,8 +107,8 @@ class Stubs:
 
     def run(self, script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
         return subprocess.run(
-            ["bash", str(LAUNCH / script), *arguments], capture_output=True, text=True, stdin=subprocess.DEVNULL,
-            timeout=60, env={"PATH": f"{self.bin}:/usr/bin:/bin", "HOME": str(self.place), "USER": "me",
+            ["bash", str(self.root / "launch" / script), *arguments], capture_output=True, text=True, stdin=subprocess.DEVNULL,
+            timeout=60, env={"PATH": str(self.bin), "HOME": str(self.place), "USER": "me",
                              "TMPDIR": str(self.place), **environment},
         )  # fmt: skip
 
@@ -224,7 +235,8 @@ def test_flags_reach_the_run_on_the_worker_as_they_were_typed(stubs):
     assert (stubs.place / "token").read_text() == "a b"
     assert ["mount", "-t", "nfs", "10.0.0.2:/share", "/mnt/cai_jax"] in stubs.asked("sudo")
     installed = stubs.place / "home" / "cai_jax"
-    assert (installed / "cai_jax" / "launch.py").exists() and not (installed / ".git").exists()
+    assert (installed / "cai_jax" / "launch.py").exists()
+    assert not (installed / ".git").exists() and not (installed / "runs").exists()
     _, asked = [call for call in stubs.asked("python3") if "install" in call]
     assert asked[-4:] == ["-c", "constraints.txt", "-e", ".[tpu]"]
 
@@ -373,7 +385,7 @@ def test_a_job_has_a_process_a_gpu_and_comes_back_to_the_queue(stubs):
     assert command[0] == "sbatch" and command[-len(HARD) :] == HARD
     asked = set(command)
     assert {"--nodes=2", "--ntasks-per-node=8", "--gpus-per-node=8", "--requeue", "--signal=TERM@120", "--partition=p",
-            f"--chdir={LAUNCH.parent}", "--export=ALL,CAI_JAX_RESTARTS=100"} <= asked  # fmt: skip
+            f"--chdir={stubs.root}", "--export=ALL,CAI_JAX_RESTARTS=100"} <= asked  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -390,7 +402,7 @@ def test_the_job_requeues_itself_unless_it_is_done_or_refused(stubs, code, resta
 def test_an_image_is_built_for_a_backend_and_pushed_if_asked(stubs):
     assert stubs.run("image.sh", "--backend=tpu", "--tag=r/i:1", "--push").returncode == 0
     build, push = stubs.asked("docker")
-    assert build[0] == "build" and "BACKEND=tpu" in build and build[-1] == str(LAUNCH.parent)
+    assert build[0] == "build" and "BACKEND=tpu" in build and build[-1] == str(stubs.root)
     assert push == ["push", "r/i:1"]
 
 
