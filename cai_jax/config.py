@@ -181,6 +181,13 @@ class Evaluate:
 
 
 @dataclass(frozen=True)
+class Logging:
+    """Where training numbers go beside metrics.jsonl, timings.jsonl and the TensorBoard event files."""
+
+    wandb: str = ""  # a Weights & Biases project; "": none
+
+
+@dataclass(frozen=True)
 class Config:
     """A whole run."""
 
@@ -191,6 +198,7 @@ class Config:
     seed: int = 0
     stages: tuple[str, ...] = STAGES
     mesh: Mesh = Mesh()
+    logging: Logging = Logging()
     prompts: Prompts = field(default_factory=Prompts)
     sampler: Sampler = Sampler()
     critique_revision: CritiqueRevision = CritiqueRevision()

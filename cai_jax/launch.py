@@ -1,6 +1,6 @@
 """The door: read a named run, run its stages, say where the report is.
 
-    python -m cai_jax.launch --config=NAME [--set a.b=value]... [--stages=sft,ppo] [--run_dir=DIR] [--fresh]
+    python -m cai_jax.launch --config=NAME [--set a.b=value]... [--stages=sft,ppo] [--run_dir=DIR] [--fresh] [--profile]
     python -m cai_jax.launch --list
     python -m cai_jax.launch --config=NAME --show
 
@@ -22,7 +22,9 @@ from absl import app, flags, logging
 from cai_jax import provenance
 from cai_jax.config import Config, apply_overrides, cache_folder, flatten, format_value, to_dict
 from cai_jax.errors import UserError
+from cai_jax.metrics_log import check_wandb
 from cai_jax.named_runs import load_config, named_runs, validate
+from cai_jax.profiling import Profiler
 from cai_jax.progress import Progress
 
 _CONFIG = flags.DEFINE_string("config", None, "The run: a name in configs/, or a path to a Python file.")
@@ -31,6 +33,7 @@ _STAGES = flags.DEFINE_list("stages", [], "Run these stages only, with commas be
 _RUN_DIR = flags.DEFINE_string("run_dir", None, "The run folder; without it, the config's, or runs/NAME.")
 _FRESH = flags.DEFINE_bool("fresh", False, "Throw the earlier work of the selected stages away first.")
 _LIST = flags.DEFINE_bool("list", False, "Print the named runs, one line each.")
+_PROFILE = flags.DEFINE_bool("profile", False, "Write xprof traces of a few steps and sampler passes of each stage.")
 _SHOW = flags.DEFINE_bool("show", False, "Print the resolved config, a field a line.")
 
 
@@ -44,7 +47,7 @@ def main(argv: list[str]) -> int:
         if _SHOW.value:
             print_config(name, config)
             return 0
-        report = run(name, config, _FRESH.value, command=argv)
+        report = run(name, config, _FRESH.value, command=argv, profile=_PROFILE.value)
         print(f"report: {report}")
         return 0
     except UserError as error:
@@ -75,11 +78,13 @@ def resolve_config() -> tuple[str, Config]:
     return name, config
 
 
-def run(name: str, config: Config, fresh: bool, command: list[str]) -> Path:
+def run(name: str, config: Config, fresh: bool, command: list[str], profile: bool = False) -> Path:
     """Run the config's stages in its run folder and return the path of the report."""
     _set_environment()
     with provenance.locked_run_folder(config.run_dir) as run_dir:
-        progress = Progress(run_dir)
+        profiler = Profiler(run_dir / "profile") if profile else None
+        progress = Progress(run_dir, profiler=profiler)
+        check_wandb(config.logging.wandb)
         # These import JAX; a wrong flag or config has been refused by now.
         from cai_jax.report import write_report
         from cai_jax.stages.context import prepare
@@ -100,6 +105,8 @@ def run(name: str, config: Config, fresh: bool, command: list[str]) -> Path:
             with contextlib.suppress(Exception):  # the report of what there is; the first error is what counts
                 write_report(run_dir)
             raise
+        if profiler:
+            progress.log(profiler.summary())
         with provenance.explain_os_errors(run_dir / "report.html"):
             return write_report(run_dir)
 

@@ -246,6 +246,7 @@ _RULES = {
         "compute_dtype": _DTYPE,
         "remat": _one_of("none", "full"),
     },
+    c.Logging: {"wandb": ((lambda name: not set(name) & set("/\\#?%: ")), "a name without / \\ # ? % : and spaces")},
     c.Mesh: {"data": _AXIS, "fsdp": _AXIS, "tensor": _AXIS},
     c.PromptSet: {"path": _NOT_EMPTY, "prompt": _NOT_EMPTY, "limit": _at_least(0)},
     c.Sampling: {

@@ -21,10 +21,11 @@ class Progress:
     """
 
     def __init__(self, run_dir: str | Path | None = None, stream: TextIO | None = None,
-                 clock: Callable[[], float] = time.monotonic):
+                 clock: Callable[[], float] = time.monotonic, profiler=None):
         self._stream = stream or sys.stderr
         self._log_path = Path(run_dir) / "log.txt" if run_dir is not None else None
         self._clock = clock
+        self._profiler = profiler  # a profiling.Profiler, told of every step
         self._console = _console(self._stream) if self._stream.isatty() else None
 
     def log(self, line: str) -> None:
@@ -38,10 +39,14 @@ class Progress:
     @contextlib.contextmanager
     def task(self, name: str, total: int, unit: str = "rows", done: int = 0) -> Iterator["Task"]:
         """A piece of work of `total` units, `done` of which an earlier command has left. One at a time."""
-        task = Task(name, total, unit, done, self._clock, self._report)
+        task = Task(name, total, unit, done, self._clock, self._report, self._profiler)
         with self._live_line(task):
             self._report(task)
-            yield task
+            try:
+                yield task
+            finally:
+                if self._profiler:
+                    self._profiler.ended(task)
             self._report(task)
         if self._console:
             self._console.print(str(task), markup=False, highlight=False, soft_wrap=True)
@@ -72,10 +77,11 @@ class Task:
     """Counts of one piece of work; its text is the line that people see."""
 
     def __init__(self, name: str, total: int, unit: str, done: int, clock: Callable[[], float],
-                 report: Callable[["Task"], None]):
+                 report: Callable[["Task"], None], profiler=None):
         self.name, self.total, self.unit, self.done = name, total, unit, done
         self.tokens = 0
         self._done_before, self._clock, self._report_to, self._note = done, clock, report, ""
+        self._profiler = profiler
         self._started = self._last_report = clock()
 
     def advance(self, count: int = 1, tokens: int = 0, note: str = "") -> None:
@@ -83,6 +89,8 @@ class Task:
         self.done += count
         self.tokens += tokens
         self._note = note or self._note
+        if self._profiler:
+            self._profiler.advanced(self)
         if self.done < self.total and self._clock() - self._last_report >= _SECONDS_BETWEEN_LINES:
             self._last_report = self._clock()
             self._report_to(self)

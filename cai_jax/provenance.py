@@ -15,11 +15,13 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from cai_jax.errors import UserError
 
-_NOT_ARTIFACTS = ("timing.json", "done.json")
+# What differs between equal runs, and the seal itself.
+_NOT_ARTIFACTS = ("timing.json", "timings.jsonl", "wandb.json", "done.json", "events.out.tfevents.*", "checkpoints/*")
 _MEBIBYTE = 2**20
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT,
@@ -235,7 +237,7 @@ class StageFolder:
         artifacts = {}
         for path in self._files():
             name = path.relative_to(self.path).as_posix()
-            if name not in _NOT_ARTIFACTS and not name.startswith("checkpoints/"):
+            if not any(fnmatchcase(name, pattern) for pattern in _NOT_ARTIFACTS):
                 _sync(path)
                 artifacts[name] = file_hash(path)
         digest = content_hash(artifacts)

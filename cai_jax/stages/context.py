@@ -15,6 +15,8 @@ from cai_jax import mesh as meshes
 from cai_jax.config import Config, flatten
 from cai_jax.constitution import Constitution, load_constitution
 from cai_jax.errors import UserError
+from cai_jax.memory import peak_memory, reset_peak_memory
+from cai_jax.metrics_log import MetricsLog
 from cai_jax.models.pretrained import Model, load_model, model_hash, save_model
 from cai_jax.progress import Progress, duration
 from cai_jax.provenance import StageFolder, check_free_space, row_seed
@@ -22,7 +24,6 @@ from cai_jax.sampler import Sampler
 from cai_jax.sampler.cache import cache_bytes, entry_dtype
 from cai_jax.sampler.memory import check_cache_fits, gibibytes
 from cai_jax.stages.inputs import INPUTS, check_models, override_of, read_prompts
-from cai_jax.stages.memory import peak_memory, reset_peak_memory
 
 PROMPT_SETS = {
     "critique_revision": ("red_team",),
@@ -89,6 +90,13 @@ class Context:
             prefill_tokens=self.config.sampler.prefill_tokens,
             programs=self.programs,
         )
+
+    def metrics_log(self, folder: StageFolder, flops_per_token: float) -> MetricsLog:
+        """Where a training stage writes its numbers; `flops_per_token` as in models/flops.py, without recomputation."""
+        project = self.config.logging.wandb
+        wandb = {"project": project, "group": self.name, "name": f"{self.name}/{folder.stage}",
+                 "config": flatten(self.config)} if project else None  # fmt: skip
+        return MetricsLog(folder.path, flops_per_token, list(self.mesh.devices.flat), wandb)
 
     def put_rows(self, batch: dict):
         """A batch of host arrays, its rows split over the mesh."""

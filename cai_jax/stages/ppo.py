@@ -13,13 +13,14 @@ import numpy as np
 
 from cai_jax.chat import encode_chat
 from cai_jax.errors import UserError
+from cai_jax.models.flops import forward_flops, training_flops
 from cai_jax.models.heads import last_real, values
 from cai_jax.models.kernels import cast
 from cai_jax.models.pretrained import Model
 from cai_jax.objectives import ppo
 from cai_jax.objectives.logprobs import masked_mean
 from cai_jax.objectives.model_losses import completion_logprobs, completion_values, ppo_objective
-from cai_jax.provenance import MetricsFile, read_json, write_json
+from cai_jax.provenance import read_json, write_json
 from cai_jax.stages.rows import messages_of, usable_prompts
 from cai_jax.training import loop
 from cai_jax.training.checkpoint import Checkpoints
@@ -92,10 +93,23 @@ def _train(context, folder, frozen: Frozen, bias: float):
         trained = {key: np.mean([float(m[key]) for m in steps]) for key in steps[0] if key not in ("loss", "weight")}
         return state, report | trained, int((rollouts["positions"] >= 0).sum())
 
-    metrics_file = MetricsFile(folder.path / "metrics.jsonl")
+    metrics_log = context.metrics_log(folder, flops_per_token(settings, frozen))
     checkpoints = Checkpoints(folder.path / "checkpoints", settings.checkpoint_every)
-    state = loop.run(state, advance, settings.updates, checkpoints, metrics_file, context.progress, STAGE, "update")
-    return state.params, metrics_file.read()
+    state = loop.run(state, advance, settings.updates, checkpoints, metrics_log, context.progress, STAGE, "update")
+    return state.params, metrics_log.read()
+
+
+def flops_per_token(settings, frozen: Frozen) -> float:
+    """FLOPs of an update for each token of its rollouts, prompt and completion, at their greatest length.
+
+    The policy writes; reference, value and reward model score; policy and value model are trained.
+    """
+    policy, value = frozen.reference.config, frozen.reward.config
+    length = frozen.prompt_length + settings.response.max_new_tokens
+    sampled = forward_flops(policy, 1, length)
+    scored = forward_flops(policy, 1, length) + 2 * forward_flops(value, 1, length, unembedded=0)
+    trained = training_flops(policy, 1, length) + training_flops(value, 1, length, unembedded=0)
+    return sampled + scored + settings.epochs * trained
 
 
 def draw_prompts(context, prompts, count: int, draw: str):

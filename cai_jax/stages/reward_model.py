@@ -5,8 +5,9 @@ import numpy as np
 from cai_jax import statistics
 from cai_jax.chat import completion_ids, encode_chat, encode_text, turn_end_id
 from cai_jax.errors import UserError
+from cai_jax.models.flops import training_flops
 from cai_jax.objectives.model_losses import reward_objective
-from cai_jax.provenance import MetricsFile, content_hash
+from cai_jax.provenance import content_hash
 from cai_jax.stages.preferences import TIE
 from cai_jax.stages.scoring import score_texts
 from cai_jax.training import loop
@@ -104,10 +105,11 @@ def _train(context, folder, model, pairs):
         metrics["accuracy"] = metrics["accuracy"] / metrics["decided_share"]  # nan, so null, where all are ties
         return state, metrics, int((batch["positions"] >= 0).sum())
 
-    metrics_file = MetricsFile(folder.path / "metrics.jsonl")
+    mean_length = (arrays["positions"] >= 0).sum() / len(pairs)
+    metrics_log = context.metrics_log(folder, training_flops(model.config, 1, mean_length, unembedded=0))
     checkpoints = Checkpoints(folder.path / "checkpoints", settings.checkpoint_every)
-    state = loop.run(state, advance, total, checkpoints, metrics_file, context.progress, STAGE, "step")
-    return state.params, metrics_file.read()
+    state = loop.run(state, advance, total, checkpoints, metrics_log, context.progress, STAGE, "step")
+    return state.params, metrics_log.read()
 
 
 def held_out_metrics(pairs) -> dict:

@@ -2,8 +2,8 @@
 
 from cai_jax.chat import completion_ids, encode_chat, encode_text, turn_end_id
 from cai_jax.errors import UserError
+from cai_jax.models.flops import training_flops
 from cai_jax.objectives.model_losses import sft_objective
-from cai_jax.provenance import MetricsFile
 from cai_jax.sampler import Generate
 from cai_jax.stages.rows import make_rows, messages_of, sample_dict, unfinished, usable_prompts, watch
 from cai_jax.training import loop
@@ -114,7 +114,8 @@ def _train(context, folder, packed):
         metrics["tokens"] = metrics.pop("weight")
         return state, metrics, int((batch["positions"] >= 0).sum())
 
-    metrics_file = MetricsFile(folder.path / "metrics.jsonl")
+    packed_length = (packed["positions"] >= 0).sum() / (packed["positions"] == 0).sum()  # of one example, on average
+    metrics_log = context.metrics_log(folder, training_flops(context.base.config, 1, packed_length))
     checkpoints = Checkpoints(folder.path / "checkpoints", settings.checkpoint_every)
-    state = loop.run(state, advance, total, checkpoints, metrics_file, context.progress, STAGE, "step")
-    return state.params, metrics_file.read()
+    state = loop.run(state, advance, total, checkpoints, metrics_log, context.progress, STAGE, "step")
+    return state.params, metrics_log.read()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pyarrow.json
 import pytest
+from event_files import event_files, scalars
 
 from cai_jax.config import STAGES
 
@@ -33,7 +34,7 @@ def launch(run_dir: Path, *flags: str) -> subprocess.CompletedProcess:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
     run_dir = tmp_path_factory.mktemp("runs") / "undisturbed"
-    result = launch(run_dir)
+    result = launch(run_dir, "--profile")
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip().endswith("report.html")
     return run_dir
@@ -46,9 +47,11 @@ def copy(finished, tmp_path) -> Path:
 
 def artifacts(run_dir: Path) -> dict[str, bytes]:
     """Everything that must not depend on when and how often a run was killed."""
-    ignored = ("timing.json", "config.json", "log.txt", "report.html", "lock")
+    ignored = ("timing.json", "timings.jsonl", "config.json", "log.txt", "report.html", "lock")
     files = (path for path in sorted(run_dir.rglob("*")) if path.is_file())
     kept = (path for path in files if path.name not in ignored or path.parent.name == "model")
+    kept = (path for path in kept if not path.name.startswith("events.out.tfevents."))
+    kept = (path for path in kept if not path.is_relative_to(run_dir / "profile"))
     return {path.relative_to(run_dir).as_posix(): path.read_bytes() for path in kept}
 
 
@@ -90,6 +93,32 @@ def test_a_run_killed_in_every_stage_ends_with_the_same_bytes(finished, tmp_path
     expected, got = artifacts(finished), artifacts(run_dir)
     assert sorted(got) == sorted(expected)
     assert [name for name in expected if got[name] != expected[name]] == []
+    for stage in ("sft", "reward_model", "ppo"):
+        once, resumed = scalars(finished / stage), scalars(run_dir / stage)
+        assert len(event_files(run_dir / stage)) == 2
+        assert {tag: [step for step, _ in pairs] for tag, pairs in resumed.items()} == {
+            tag: [step for step, _ in pairs] for tag, pairs in once.items()}
+        assert all(resumed[tag] == once[tag] for tag in once if tag.startswith("metrics/") and "accuracy" not in tag)
+
+
+def test_numbers_are_in_event_files_and_timings(finished):
+    for stage, unit in (("sft", "step"), ("reward_model", "step"), ("ppo", "update")):
+        metrics = [json.loads(line) for line in open(finished / stage / "metrics.jsonl")]
+        timings = [json.loads(line) for line in open(finished / stage / "timings.jsonl")]
+        assert [line[unit] for line in timings] == [line[unit] for line in metrics]
+        assert all(line["seconds"] > 0 and line["flops_per_second"] > 0 and line["mfu"] is None for line in timings)
+        shown = scalars(finished / stage)
+        assert shown["metrics/grad_norm"] == [(line[unit], pytest.approx(line["grad_norm"])) for line in metrics]
+        assert [value for _, value in shown["speed/seconds"]] == pytest.approx([line["seconds"] for line in timings])
+        done = json.loads((finished / stage / "done.json").read_text())["artifacts"]
+        assert "metrics.jsonl" in done and not [name for name in done if name.startswith(("events", "timing"))]
+
+
+def test_profile_traces_every_kind_of_work_and_says_where(finished):
+    log = (finished / "log.txt").read_text()
+    assert f"under {finished / 'profile'}" in log
+    for name in ("sft", "reward_model", "ppo", "critique_revision", "sft_helpful_samples"):
+        assert list((finished / "profile" / name).glob("plugins/profile/*/*.xplane.pb")), f"no trace of {name}"
 
 
 def test_a_finished_run_does_nothing_again(copy):

@@ -1,4 +1,4 @@
-"""Peak memory of this process, stage by stage."""
+"""Peak memory, of this process stage by stage and of its accelerators."""
 
 import resource
 import sys
@@ -23,3 +23,11 @@ def peak_memory() -> int:
         pass
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def device_memory() -> int:
+    """Peak bytes in use on the fullest of this process's accelerators; on a CPU that of the process."""
+    import jax
+
+    peaks = [stats["peak_bytes_in_use"] for device in jax.local_devices() if (stats := device.memory_stats())]
+    return max(peaks) if peaks else peak_memory()
