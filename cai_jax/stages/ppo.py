@@ -11,8 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cai_jax import distributed
 from cai_jax.chat import encode_chat
 from cai_jax.errors import UserError
+from cai_jax.mesh import on_host
 from cai_jax.models.heads import last_real, values
 from cai_jax.models.kernels import cast
 from cai_jax.models.pretrained import Model
@@ -148,7 +150,7 @@ def score_rollouts(context, frozen: Frozen, value_params, rollouts, bias: float)
             frozen.reference.config, frozen.reward.config, frozen.reference.params, value_params, frozen.reward.params,
             context.put_rows(part), settings.response.temperature, context.config.model.compute_dtype,
         )  # fmt: skip
-        parts.append([np.asarray(x) for x in scored])
+        parts.append([on_host(x) for x in scored])
     ref_logprobs, raw_values, raw_scores = (np.concatenate(column) for column in zip(*parts, strict=True))
     old_values = raw_values - np.float32(bias)
     scores = raw_scores - bias - settings.missing_eos_penalty * rollouts["truncated"].astype(np.float32)
@@ -205,11 +207,11 @@ def minibatches(settings, seed: int, update: int):
 def _reward_bias(context, folder, sampler, frozen: Frozen) -> float:
     """Mean reward of the reference model's own samples, taken off every score so that the scale starts at zero."""
     path = folder.path / "reference.json"
-    if not path.exists():
+    if not distributed.by_first(path.exists):
         rollouts = sample_rollouts(context, sampler, frozen, "reference")
         _, report = score_rollouts(context, frozen, frozen.reward.params, rollouts, 0.0)
         write_json(path, {"score_mean": float(report["score"]), "samples": len(rollouts["tokens"])})
-    recorded = read_json(path)
+    recorded = distributed.by_first(lambda: read_json(path))
     mean = recorded.get("score_mean") if isinstance(recorded, dict) else None
     if not isinstance(mean, int | float) or isinstance(mean, bool):
         raise UserError(f"{path}: holds no number under score_mean; --fresh --stages=ppo does the stage again")
