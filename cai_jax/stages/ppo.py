@@ -24,7 +24,6 @@ from cai_jax.objectives.model_losses import completion_logprobs, completion_valu
 from cai_jax.provenance import MetricsFile, read_json, write_json
 from cai_jax.stages.rows import messages_of, usable_prompts
 from cai_jax.training import loop
-from cai_jax.training.checkpoint import Checkpoints
 from cai_jax.training.step import start_training
 
 STAGE = "ppo"
@@ -95,8 +94,12 @@ def _train(context, folder, frozen: Frozen, bias: float):
         return state, report | trained, int((rollouts["positions"] >= 0).sum())
 
     metrics_file = MetricsFile(folder.path / "metrics.jsonl")
-    checkpoints = Checkpoints(folder.path / "checkpoints", settings.checkpoint_every)
-    state = loop.run(state, advance, settings.updates, checkpoints, metrics_file, context.progress, STAGE, "update")
+    checkpoints = context.checkpoints(folder, settings.checkpoint_every)
+    # What PPO maximises, score less KL, as the rollouts of the updates had it: those of each update's start.
+    quality = context.quality(loop.mean_of("reward"))
+    state = loop.run(
+        state, advance, settings.updates, checkpoints, metrics_file, context.progress, STAGE, "update", quality
+    )
     return state.params, metrics_file.read()
 
 

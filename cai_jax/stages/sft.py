@@ -1,14 +1,19 @@
-"""SL-CAI training (Bai et al. 2022, section 3): the revisions of every round, and the model's own helpful answers."""
+"""SL-CAI training (Bai et al. 2022, section 3): the revisions of every round, and the model's own helpful answers.
+
+`sft.mixer` takes less of them, and mixes sets of conversations in.
+"""
+
+from array import array
 
 from cai_jax.chat import completion_ids, encode_chat, encode_text, turn_end_id
+from cai_jax.conversation_sets import draw, parse_mixer
 from cai_jax.errors import UserError
 from cai_jax.objectives.model_losses import sft_objective
 from cai_jax.provenance import MetricsFile
 from cai_jax.sampler import Generate
 from cai_jax.stages.rows import make_rows, messages_of, sample_dict, unfinished, usable_prompts, watch
 from cai_jax.training import loop
-from cai_jax.training.batches import Example, batch_rows, pack, steps_per_epoch, take_rows
-from cai_jax.training.checkpoint import Checkpoints
+from cai_jax.training.batches import Example, Packing, batch_rows, steps_per_epoch
 from cai_jax.training.step import start_training
 
 STAGE = "sft"
@@ -16,34 +21,32 @@ STAGE = "sft"
 
 def run(context, folder) -> dict:
     """Sample the helpful answers, train, export `model/`; returns the summary of the stage."""
+    settings = context.config.sft
     counters, skipped = {"empty_completion": 0, "truncated_completion": 0, "too_long": 0}, []
-    kept = {"revisions": _revisions(context, counters, skipped)}
-    samples, unusable = _helpful_samples(context, folder)
-    helpful = [(row["id"], row["messages"], row["response"]) for row in samples]
-    kept["helpful"] = _examples(context, helpful, counters, skipped)
-    examples = kept["revisions"] + kept["helpful"]
-    packed = pack(examples, context.config.sft.sequence_length)
-    params, metrics = _train(context, folder, packed)
+    kept, mixed = {}, {}
+    for source, fraction in parse_mixer(settings.mixer).items():
+        rows, count, of = _SOURCES.get(source, _conversations)(context, folder, source, fraction, skipped)
+        kept[source] = _examples(context, rows, counters, skipped)
+        mixed[source] = {"fraction": fraction, "rows": of, "taken": count}
+        if source == "revisions":
+            _require(kept[source], rows, counters)  # before anything else is computed
+    examples = [example for rows in kept.values() for example in rows]
+    packing = Packing(_require(examples, examples, counters), settings.sequence_length)
+    params, metrics = _train(context, folder, packing)
     context.export(folder, context.base, params, "policy")
     return {
         "examples": {name: len(rows) for name, rows in kept.items()},
-        "skipped": unusable + skipped,
+        "mixer": mixed,
+        "skipped": skipped,
         "counters": counters,
         "steps": len(metrics),
         "first_loss": metrics[0]["loss"],
         "last_loss": metrics[-1]["loss"],
-        "packing_efficiency": sum(map(len, examples)) / packed["tokens"].size,
+        "packing_efficiency": packing.efficiency,
     }
 
 
-def _revisions(context, counters, skipped) -> list[Example]:
-    """The revisions of every round; UserError where not one can be used, before anything else is computed."""
-    rows = [
-        (f"{row['id']}/round-{entry['round']}", row["messages"], entry["revision"])
-        for row in context.folder("critique_revision").read_shards()
-        for entry in row["rounds"]
-    ]
-    examples = _examples(context, rows, counters, skipped)
+def _require(examples, rows, counters) -> list[Example]:
     if not examples:
         raise UserError(
             f"sft: no revision can be used: of {len(rows)}, {counters['empty_completion']} are empty and "
@@ -52,11 +55,52 @@ def _revisions(context, counters, skipped) -> list[Example]:
     return examples
 
 
-def _helpful_samples(context, folder):
-    """The starting model's own answers to helpful prompts: the helpfulness part of the training set."""
+# ---- the sets: each gives (id, messages, completion) of what is drawn of it, how many were drawn, and of how many
+
+
+def _revisions(context, folder, source, fraction, skipped):
+    """The revisions of every round."""
+    rows = {
+        f"{row['id']}/round-{entry['round']}": (row["messages"], entry["revision"])
+        for row in context.folder("critique_revision").read_shards()
+        for entry in row["rounds"]
+    }
+    drawn = draw(list(rows), fraction, context.config.seed, source)
+    return [(row_id, *row) for row_id, row in rows.items() if row_id in drawn], len(drawn), len(rows)
+
+
+def _helpful(context, folder, source, fraction, skipped):
+    """The starting model's own answers to helpful prompts; only the drawn ones are asked."""
+    samples, count, of = _helpful_samples(context, folder, fraction, skipped)
+    return [(row["id"], row["messages"], row["response"]) for row in samples], count, of
+
+
+def _conversations(context, folder, source, fraction, skipped):
+    """A set of conversations: every assistant turn is a completion, what stands before it the prompt."""
+    rows = context.mixed[source]
+    skipped += rows.skipped
+    drawn = draw([row.id for row in rows.rows], fraction, context.config.seed, source)
+    turns = [
+        (f"{row.id}/turn-{place}", list(row.messages[:place]), {"text": turn["content"], "truncated": False})
+        for row in rows.rows
+        if row.id in drawn
+        for place, turn in enumerate(row.messages)
+        if turn["role"] == "assistant"
+    ]
+    return turns, len(drawn), len(rows.rows)
+
+
+_SOURCES = {"revisions": _revisions, "helpful": _helpful}
+
+
+def _helpful_samples(context, folder, fraction, skipped):
+    """The rows of the answers, how many prompts were drawn, and of how many."""
     settings = context.config.sft
     sampler = context.sampler(context.base)
-    prompts, skipped = usable_prompts(sampler, context.prompts["helpful"], settings.helpful.max_new_tokens)
+    usable, unusable = usable_prompts(sampler, context.prompts["helpful"], settings.helpful.max_new_tokens)
+    skipped += unusable
+    drawn = draw([prompt.id for prompt in usable], fraction, context.config.seed, "helpful")
+    prompts = [prompt for prompt in usable if prompt.id in drawn]
 
     def answer(prompt):
         seed = context.row_seed(STAGE, prompt.id, "helpful")
@@ -72,7 +116,8 @@ def _helpful_samples(context, folder):
     left = unfinished(folder, "samples", len(prompts), settings.rows_per_shard)
     with context.progress.task("sft: helpful samples", len(prompts), "samples", done=len(prompts) - left) as task:
         watch(sampler, task)
-        return make_rows(folder, "samples", prompts, settings.rows_per_shard, lambda: sampler, answer), skipped
+        samples = make_rows(folder, "samples", prompts, settings.rows_per_shard, lambda: sampler, answer)
+    return samples, len(prompts), len(usable)
 
 
 def _examples(context, rows, counters, skipped) -> list[Example]:
@@ -94,27 +139,26 @@ def _examples(context, rows, counters, skipped) -> list[Example]:
             skipped.append({"id": row_id, "reason": f"prompt and completion exceed sft.sequence_length={limit} tokens"})
         else:
             counters["truncated_completion"] += completion["truncated"]
-            examples.append(Example(tuple(prompt), tuple(target)))
+            examples.append(Example(array("i", prompt), array("i", target)))
     return examples
 
 
-def _train(context, folder, packed):
+def _train(context, folder, packing: Packing):
     settings, model = context.config.sft, context.config.model
-    per_epoch = steps_per_epoch(len(packed["tokens"]), settings.batch_size)
-    total = settings.epochs * per_epoch
+    total = settings.epochs * steps_per_epoch(len(packing), settings.batch_size)
     objective = sft_objective(context.base.config, model.compute_dtype, model.remat)
     state, step = start_training(
         objective, context.base.params, settings.optimizer, total, context.mesh, settings.microbatches
     )
 
     def advance(state, index):
-        rows = batch_rows(len(packed["tokens"]), settings.batch_size, context.config.seed, index)
-        batch = take_rows(packed, rows)
-        state, metrics = step(state, context.put_rows(batch))
+        rows = batch_rows(len(packing), settings.batch_size, context.config.seed, index)
+        state, metrics = step(state, context.place_rows(rows, packing.take))
         metrics["tokens"] = metrics.pop("weight")
-        return state, metrics, int((batch["positions"] >= 0).sum())
+        return state, metrics, packing.tokens(rows)
 
     metrics_file = MetricsFile(folder.path / "metrics.jsonl")
-    checkpoints = Checkpoints(folder.path / "checkpoints", settings.checkpoint_every)
-    state = loop.run(state, advance, total, checkpoints, metrics_file, context.progress, STAGE, "step")
+    checkpoints = context.checkpoints(folder, settings.checkpoint_every)
+    quality = context.quality(loop.mean_of("loss", -1))
+    state = loop.run(state, advance, total, checkpoints, metrics_file, context.progress, STAGE, "step", quality)
     return state.params, metrics_file.read()

@@ -149,6 +149,24 @@ def batch_rows(count: int, batch_size: int, seed: int, step: int) -> np.ndarray:
     return np.concatenate([rows, np.full(batch_size - len(rows), -1)]).astype(np.int64)
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Rows at hand as arrays, by name, with the face of a `Packing`."""
+
+    arrays: dict[str, np.ndarray]
+
+    def __len__(self):
+        return len(self.arrays["tokens"])
+
+    def tokens(self, rows: Sequence[int]) -> int:
+        """How many tokens the named rows hold together; row -1 holds none."""
+        return int((self.take(rows)["positions"] >= 0).sum())
+
+    def take(self, rows: Sequence[int]) -> dict[str, np.ndarray]:
+        """The named rows; row -1 is an empty one."""
+        return take_rows(self.arrays, np.asarray(rows))
+
+
 def take_rows(arrays: dict[str, np.ndarray], rows: np.ndarray) -> dict[str, np.ndarray]:
     """The named rows of every array; row -1 is an empty row: zeros, positions -1."""
     taken = {name: array[rows] for name, array in arrays.items()}
