@@ -107,7 +107,7 @@ class CritiqueRevision:
 class Sft:
     """Fine-tuning on the revisions of every round plus the model's own helpful answers."""
 
-    mixer: tuple[str, ...] = ()  # SET=FRACTION of revisions, helpful, and sets of conversations; (): all of the first two
+    mixer: tuple[str, ...] = ()  # SET=FRACTION of revisions, helpful, sets of conversations; (): all of the first two
     epochs: int = 1
     batch_size: int = 8  # packed sequences a step
     microbatches: int = 1

@@ -5,7 +5,7 @@ drawn by the seed without replacement, and all that is taken is trained on once 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from cai_jax import config
@@ -57,8 +57,8 @@ def parse_mixer(mixer: Sequence[str]) -> dict[str, float]:
         except ValueError:
             fraction = 0.0
         if not (equals and source and 0 < fraction <= 1):
-            raise UserError(f"sft.mixer: {part!r} must be SET=FRACTION with a fraction above 0 and at most 1; a set is "
-                            "revisions, helpful, a file, a folder or a hub id, with :SPLIT behind it where it has splits")
+            raise UserError(f"sft.mixer: {part!r} must be SET=FRACTION with a fraction above 0 and at most 1; SET is "
+                            "revisions, helpful, or a file, a folder or a hub id of conversations, SET:SPLIT for a split")
         if source in fractions:
             raise UserError(f"sft.mixer: {source!r} is named twice; name it once")
         fractions[source] = fraction
@@ -99,11 +99,6 @@ def load_conversations(source: str, evaluation: Mapping[str, PromptRows]) -> Con
         raise UserError(f"{where}: none of {len(numbered)} rows can be used (first: {skipped[0]['id']}: "
                         f"{skipped[0]['reason']}); check the column 'messages'")
     return Conversations(tuple(rows), tuple(skipped), content_hash([[row.id, row.messages] for row in rows]))
-
-
-def taken(conversations: Conversations, ids: set[str]) -> Conversations:
-    """The set with the drawn conversations alone."""
-    return replace(conversations, rows=tuple(row for row in conversations.rows if row.id in ids))
 
 
 def _usable(numbered, name: str, held_back) -> tuple[list[Conversation], list[dict[str, str]]]:

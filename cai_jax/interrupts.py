@@ -6,7 +6,6 @@ import threading
 from collections.abc import Callable, Iterator
 
 
-
 class Stopped(KeyboardInterrupt):
     """A signal has asked for the end.
 
@@ -29,7 +28,7 @@ class Stopped(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def obeyed() -> Iterator[None]:
-    """While the block runs, SIGTERM raises `Stopped` wherever the main thread is, as SIGINT raises KeyboardInterrupt."""
+    """While the block runs, SIGTERM raises `Stopped` where the main thread is, as SIGINT raises KeyboardInterrupt."""
 
     def stop(number, _):
         raise Stopped(number)

@@ -13,8 +13,8 @@ import jax
 import cai_jax
 from cai_jax import mesh as meshes
 from cai_jax.config import Config, flatten
-from cai_jax.conversation_sets import Conversations
 from cai_jax.constitution import Constitution, load_constitution
+from cai_jax.conversation_sets import Conversations
 from cai_jax.errors import UserError
 from cai_jax.models.pretrained import Model, load_model, model_hash, save_model
 from cai_jax.progress import Progress, duration

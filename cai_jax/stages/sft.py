@@ -23,20 +23,25 @@ def run(context, folder) -> dict:
     """Sample the helpful answers, train, export `model/`; returns the summary of the stage."""
     settings = context.config.sft
     counters, skipped = {"empty_completion": 0, "truncated_completion": 0, "too_long": 0}, []
-    kept, mixed = {}, {}
-    for source, fraction in parse_mixer(settings.mixer).items():
-        rows, count, of = _SOURCES.get(source, _conversations)(context, folder, source, fraction, skipped)
-        kept[source] = _examples(context, rows, counters, skipped)
-        mixed[source] = {"fraction": fraction, "rows": of, "taken": count}
-        if source == "revisions":
-            _require(kept[source], rows, counters)  # before anything else is computed
-    examples = [example for rows in kept.values() for example in rows]
-    packing = Packing(_require(examples, examples, counters), settings.sequence_length)
+    kept, mixer = {}, parse_mixer(settings.mixer)
+    if "revisions" in mixer:
+        kept["revisions"] = _revisions(context, counters, skipped)
+    if "helpful" in mixer:
+        samples, unusable = _helpful_samples(context, folder, mixer["helpful"])
+        skipped = unusable + skipped
+        helpful = [(row["id"], row["messages"], row["response"]) for row in samples]
+        kept["helpful"] = _examples(context, helpful, counters, skipped)
+    for source, rows in context.mixed.items():
+        skipped += rows.skipped
+        kept[source] = _examples(context, _turns(context, rows, mixer[source], source), counters, skipped)
+    packing = Packing([example for examples in kept.values() for example in examples], settings.sequence_length)
+    if not len(packing):
+        raise UserError(f"sft: no example of {', '.join(kept)} can be used: {counters['empty_completion']} completions "
+                        f"are empty and {counters['too_long']} exceed sft.sequence_length: raise that")
     params, metrics = _train(context, folder, packing)
     context.export(folder, context.base, params, "policy")
     return {
-        "examples": {name: len(rows) for name, rows in kept.items()},
-        "mixer": mixed,
+        "examples": {name: len(examples) for name, examples in kept.items()},
         "skipped": skipped,
         "counters": counters,
         "steps": len(metrics),
@@ -46,61 +51,43 @@ def run(context, folder) -> dict:
     }
 
 
-def _require(examples, rows, counters) -> list[Example]:
-    if not examples:
-        raise UserError(
-            f"sft: no revision can be used: of {len(rows)}, {counters['empty_completion']} are empty and "
-            f"{counters['too_long']} exceed sft.sequence_length: raise that, or see critique_revision/summary.json"
-        )
-    return examples
-
-
-# ---- the sets: each gives (id, messages, completion) of what is drawn of it, how many were drawn, and of how many
-
-
-def _revisions(context, folder, source, fraction, skipped):
-    """The revisions of every round."""
+def _revisions(context, counters, skipped) -> list[Example]:
+    """The revisions of every round; UserError where not one can be used, before anything else is computed."""
     rows = {
         f"{row['id']}/round-{entry['round']}": (row["messages"], entry["revision"])
         for row in context.folder("critique_revision").read_shards()
         for entry in row["rounds"]
     }
-    drawn = draw(list(rows), fraction, context.config.seed, source)
-    return [(row_id, *row) for row_id, row in rows.items() if row_id in drawn], len(drawn), len(rows)
+    drawn = draw(list(rows), parse_mixer(context.config.sft.mixer)["revisions"], context.config.seed, "revisions")
+    revisions = [(row_id, *row) for row_id, row in rows.items() if row_id in drawn]
+    examples = _examples(context, revisions, counters, skipped)
+    if not examples:
+        raise UserError(
+            f"sft: no revision can be used: of {len(revisions)}, {counters['empty_completion']} are empty and "
+            f"{counters['too_long']} exceed sft.sequence_length: raise that, or see critique_revision/summary.json"
+        )
+    return examples
 
 
-def _helpful(context, folder, source, fraction, skipped):
-    """The starting model's own answers to helpful prompts; only the drawn ones are asked."""
-    samples, count, of = _helpful_samples(context, folder, fraction, skipped)
-    return [(row["id"], row["messages"], row["response"]) for row in samples], count, of
-
-
-def _conversations(context, folder, source, fraction, skipped):
-    """A set of conversations: every assistant turn is a completion, what stands before it the prompt."""
-    rows = context.mixed[source]
-    skipped += rows.skipped
-    drawn = draw([row.id for row in rows.rows], fraction, context.config.seed, source)
-    turns = [
-        (f"{row.id}/turn-{place}", list(row.messages[:place]), {"text": turn["content"], "truncated": False})
-        for row in rows.rows
+def _turns(context, conversations, fraction, source):
+    """Of the drawn conversations every assistant turn, as what is to be learnt after all that stands before it."""
+    drawn = draw([row.id for row in conversations.rows], fraction, context.config.seed, source)
+    return [
+        (f"{row.id}/turn-{place + 1}", list(row.messages[:place]), {"text": turn["content"], "truncated": False})
+        for row in conversations.rows
         if row.id in drawn
         for place, turn in enumerate(row.messages)
         if turn["role"] == "assistant"
     ]
-    return turns, len(drawn), len(rows.rows)
 
 
-_SOURCES = {"revisions": _revisions, "helpful": _helpful}
-
-
-def _helpful_samples(context, folder, fraction, skipped):
-    """The rows of the answers, how many prompts were drawn, and of how many."""
+def _helpful_samples(context, folder, fraction):
+    """The starting model's own answers to helpful prompts: the helpfulness part of the training set."""
     settings = context.config.sft
     sampler = context.sampler(context.base)
-    usable, unusable = usable_prompts(sampler, context.prompts["helpful"], settings.helpful.max_new_tokens)
-    skipped += unusable
-    drawn = draw([prompt.id for prompt in usable], fraction, context.config.seed, "helpful")
-    prompts = [prompt for prompt in usable if prompt.id in drawn]
+    prompts, skipped = usable_prompts(sampler, context.prompts["helpful"], settings.helpful.max_new_tokens)
+    drawn = draw([prompt.id for prompt in prompts], fraction, context.config.seed, "helpful")
+    prompts = [prompt for prompt in prompts if prompt.id in drawn]  # only these are asked
 
     def answer(prompt):
         seed = context.row_seed(STAGE, prompt.id, "helpful")
@@ -116,8 +103,7 @@ def _helpful_samples(context, folder, fraction, skipped):
     left = unfinished(folder, "samples", len(prompts), settings.rows_per_shard)
     with context.progress.task("sft: helpful samples", len(prompts), "samples", done=len(prompts) - left) as task:
         watch(sampler, task)
-        samples = make_rows(folder, "samples", prompts, settings.rows_per_shard, lambda: sampler, answer)
-    return samples, len(prompts), len(usable)
+        return make_rows(folder, "samples", prompts, settings.rows_per_shard, lambda: sampler, answer), skipped
 
 
 def _examples(context, rows, counters, skipped) -> list[Example]:
