@@ -58,7 +58,7 @@ def parse_mixer(mixer: Sequence[str]) -> dict[str, float]:
             fraction = 0.0
         if not (equals and source and 0 < fraction <= 1):
             raise UserError(f"sft.mixer: {part!r} must be SET=FRACTION with a fraction above 0 and at most 1; SET is "
-                            "revisions, helpful, or a file, a folder or a hub id of conversations, SET:SPLIT for a split")
+                            "revisions, helpful, or a file, folder or hub id of conversations, SET:SPLIT for a split")
         if source in fractions:
             raise UserError(f"sft.mixer: {source!r} is named twice; name it once")
         fractions[source] = fraction

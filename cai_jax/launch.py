@@ -8,7 +8,7 @@
 On TPU hosts and under SLURM or Open MPI the processes of a run find each other; elsewhere each is told its place by the
 last three flags or by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
 
-Exit codes: 0 done; 2 a mistake that the user can mend (one line on stderr); 130 and 143 ended by Ctrl-C or SIGTERM, with a
+Exit codes: 0 done; 2 a mistake that the user can mend (one line on stderr); 130 and 143 ended by Ctrl-C or SIGTERM, the
 state under training saved; 75 another process of the run is gone. After the last three the same command goes on.
 """
 
