@@ -41,8 +41,9 @@ class Checkpoints:
     take its time from the step's own cores: there `save` returns when all is on disk.
     """
 
-    def __init__(self, folder: Path, every: int, keep: int = 1, best: bool = False):
+    def __init__(self, folder: Path, every: int, keep: int = 1, best: bool = False, asynchronous: bool | None = None):
         self.every = every
+        self._asynchronous = asynchronous  # None: where that is safe
         self._folder = Path(folder).absolute()
         self._kept = Kept(keep, best)
         self._manager = None
@@ -51,7 +52,7 @@ class Checkpoints:
         if self._manager is None:
             options = ocp.CheckpointManagerOptions(
                 preservation_policy=self._kept,
-                enable_async_checkpointing=jax.default_backend() != "cpu",
+                enable_async_checkpointing=self._is_asynchronous(),
                 cleanup_tmp_directories=True,
             )
             self._manager = ocp.CheckpointManager(self._folder, options=options)
@@ -61,6 +62,9 @@ class Checkpoints:
                 if quality is not None:
                     self._kept.qualities[step] = quality
         return self._manager
+
+    def _is_asynchronous(self) -> bool:
+        return jax.default_backend() != "cpu" if self._asynchronous is None else self._asynchronous
 
     def restore(self, state, step: int | None = None):
         """The (state, data position) of a step, without one of the last; (state, {}) where there is no checkpoint.

@@ -51,6 +51,17 @@ def test_the_best_stays_beside_the_last_also_after_a_restart(tmp_path):
         assert Checkpoints(tmp_path, every=1, best=True).best() == (best, seen[best])
 
 
+def test_asynchronous_ones_are_on_disk_once_closed(tmp_path):
+    """As on accelerators; the arrays here are not donated, so a CPU can do it."""
+    checkpoints = Checkpoints(tmp_path, every=1, keep=2, asynchronous=True)
+    for step in (1, 2, 3):
+        checkpoints.save(step, state(step, size=200_000), {"done": step})
+    checkpoints.close()
+    assert steps_of(tmp_path) == [2, 3]
+    found, _ = Checkpoints(tmp_path, every=1).restore(state(0, size=200_000))
+    assert np.unique(found["w"]).tolist() == [3.0]
+
+
 def test_without_the_wish_the_best_goes(tmp_path):
     checkpoints = Checkpoints(tmp_path, every=1)
     for step, quality in ((1, 5.0), (2, 1.0)):

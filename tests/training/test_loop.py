@@ -118,3 +118,23 @@ def test_a_preempted_run_says_so_in_one_line_and_goes_on_with_the_same_bytes(tmp
     assert summary["examples"] == {str(rows): 24}
 
 
+
+
+def test_a_preempted_run_goes_on_with_other_devices(tmp_path, monkeypatch):
+    rows = conversations(tmp_path / "rows.jsonl")
+    flags = os.environ.get("XLA_FLAGS", "")
+    monkeypatch.setenv("XLA_FLAGS", f"{flags} --xla_force_host_platform_device_count=2")
+    process = start(tmp_path / "run", rows, "--set=mesh.fsdp=2")
+    metrics = tmp_path / "run" / "sft" / "metrics.jsonl"
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 2):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.001)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 143
+    done = len(metrics.read_text().splitlines())
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    last = start(tmp_path / "run", rows)
+    assert last.wait() == 0, last.stderr.read()
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1)) and len(lines) > done
+    assert lines[done]["loss"] < lines[0]["loss"], "it goes on from where it was, not from the start"
