@@ -107,6 +107,7 @@ class CritiqueRevision:
 class Sft:
     """Fine-tuning on the revisions of every round plus the model's own helpful answers."""
 
+    mixer: tuple[str, ...] = ()  # SET=FRACTION of revisions, helpful, sets of conversations; (): all of the first two
     epochs: int = 1
     batch_size: int = 8  # packed sequences a step
     microbatches: int = 1
@@ -170,6 +171,16 @@ class Ppo:
 
 
 @dataclass(frozen=True)
+class Checkpoints:
+    """Which states of a training stage stay on disk while it runs; each stage says how often it saves."""
+
+    keep: int = 1  # the last so many
+    export: str = "last"  # which state becomes the model. best: of the states at checkpoints and at the end, the one of
+    # the lowest mean training loss since the checkpoint before (sft), the lowest loss on the held-out pairs
+    # (reward_model; its held-out numbers are then those of a choice made on them), the highest mean reward (ppo)
+
+
+@dataclass(frozen=True)
 class Evaluate:
     """Base, SL-CAI and RL-CAI side by side on prompts that no stage has trained on."""
 
@@ -201,6 +212,7 @@ class Config:
     logging: Logging = Logging()
     prompts: Prompts = field(default_factory=Prompts)
     sampler: Sampler = Sampler()
+    checkpoints: Checkpoints = Checkpoints()
     critique_revision: CritiqueRevision = CritiqueRevision()
     sft: Sft = Sft()
     preferences: Preferences = Preferences()

@@ -3,8 +3,13 @@
     python -m cai_jax.launch --config=NAME [--set a.b=value]... [--stages=sft,ppo] [--run_dir=DIR] [--fresh] [--profile]
     python -m cai_jax.launch --list
     python -m cai_jax.launch --config=NAME --show
+    python -m cai_jax.launch --config=NAME --coordinator=HOST:PORT --processes=N --process=I
 
-Exit codes: 0 done, 2 a mistake that the user can mend (one line on stderr), 130 interrupted.
+On TPU hosts and under SLURM or Open MPI the processes of a run find each other; elsewhere each is told its place by the
+last three flags or by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+
+Exit codes: 0 done; 2 a mistake that the user can mend (one line on stderr); 130 and 143 ended by Ctrl-C or SIGTERM, the
+state under training saved; 75 another process of the run is gone. After the last three the same command goes on.
 """
 
 import contextlib
@@ -14,12 +19,14 @@ import os
 import platform
 import re
 import shlex
+import signal
 import sys
+import traceback
 from pathlib import Path
 
 from absl import app, flags, logging
 
-from cai_jax import provenance
+from cai_jax import distributed, interrupts, provenance
 from cai_jax.config import Config, apply_overrides, cache_folder, flatten, format_value, to_dict
 from cai_jax.errors import UserError
 from cai_jax.metrics_log import check_wandb
@@ -35,31 +42,50 @@ _FRESH = flags.DEFINE_bool("fresh", False, "Throw the earlier work of the select
 _LIST = flags.DEFINE_bool("list", False, "Print the named runs, one line each.")
 _PROFILE = flags.DEFINE_bool("profile", False, "Write xprof traces of a few steps and sampler passes of each stage.")
 _SHOW = flags.DEFINE_bool("show", False, "Print the resolved config, a field a line.")
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "With several processes: HOST:PORT of the first of them.")
+_PROCESSES = flags.DEFINE_integer("processes", None, "With several processes: how many.")
+_PROCESS = flags.DEFINE_integer("process", None, "With several processes: the number of this one, from 0.")
 
 
 def main(argv: list[str]) -> int:
-    """The absl entry point: a UserError becomes one line and exit code 2."""
+    """The absl entry point: a UserError becomes one line and exit code 2, a signal one line and 128 + its number."""
     try:
-        if _LIST.value:
-            print_named_runs()
-            return 0
-        name, config = resolve_config()
-        if _SHOW.value:
-            print_config(name, config)
-            return 0
-        report = run(name, config, _FRESH.value, command=argv, profile=_PROFILE.value)
-        print(f"report: {report}")
+        with interrupts.obeyed():
+            _command(argv)
         return 0
     except UserError as error:
-        return _user_error(str(error))
-    except KeyboardInterrupt:
+        return _fail(2, f"error: {error}")
+    except KeyboardInterrupt as interrupt:
+        stop = interrupt if isinstance(interrupt, interrupts.Stopped) else interrupts.Stopped(signal.SIGINT)
         without = " without --fresh" if _FRESH.value else ""
-        print(f"interrupted; run the same command{without} to go on", file=sys.stderr)
-        return 130
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        return _user_error(f"{error.filename or 'disk'}: no space left; free some and run again to go on")
+        line = f"{stop}; run the same command{without} to go on"
+        if not stop.saved:
+            return _fail(stop.exit_code, line)
+        distributed.finish()  # all processes have stopped at the same step
+        print(line, file=sys.stderr)
+        return stop.exit_code
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return _fail(2, f"error: {error.filename or 'disk'}: no space left; free some and run again to go on")
+        if distributed.several():
+            distributed.await_verdict()
+            traceback.print_exc()
+            distributed.end_all(1, f"{type(error).__name__}, see its output")
+        raise
+
+
+def _command(argv: list[str]) -> None:
+    if _LIST.value:
+        return print_named_runs()
+    name, config = resolve_config()
+    if _SHOW.value:
+        return print_config(name, config)
+    _set_environment()
+    distributed.start(distributed.place(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value))
+    report = run(name, config, _FRESH.value, command=argv, profile=_PROFILE.value)
+    distributed.finish()
+    if distributed.first():
+        print(f"report: {report}")
 
 
 def resolve_config() -> tuple[str, Config]:
@@ -78,12 +104,16 @@ def resolve_config() -> tuple[str, Config]:
     return name, config
 
 
-def run(name: str, config: Config, fresh: bool, command: list[str], profile: bool = False) -> Path:
+def run(name: str, config: Config, fresh: bool, command: list[str], profile: bool = False) -> str:
     """Run the config's stages in its run folder and return the path of the report."""
-    _set_environment()
-    with provenance.locked_run_folder(config.run_dir) as run_dir:
-        profiler = Profiler(run_dir / "profile") if profile else None
-        progress = Progress(run_dir, profiler=profiler)
+    with contextlib.ExitStack() as held:
+        lock = provenance.locked_run_folder(config.run_dir)
+        run_dir = Path(distributed.by_first(lambda: str(held.enter_context(lock))))
+        profiler = Profiler(run_dir / "profile") if profile and distributed.first() else None
+        if distributed.first():
+            progress = Progress(run_dir, profiler=profiler)
+        else:
+            progress = Progress(stream=held.enter_context(_nowhere()))
         check_wandb(config.logging.wandb)
         # These import JAX; a wrong flag or config has been refused by now.
         from cai_jax.report import write_report
@@ -98,17 +128,28 @@ def run(name: str, config: Config, fresh: bool, command: list[str], profile: boo
             "environment": _environment(),
             **context.describe(),
         })
+
+        def report() -> str:
+            with provenance.explain_os_errors(run_dir / "report.html"):
+                return str(write_report(run_dir))
+
         try:
             for stage in config.stages:
                 context.run_stage(stage)
-        except BaseException:
-            with contextlib.suppress(Exception):  # the report of what there is; the first error is what counts
-                write_report(run_dir)
+        except BaseException as error:
+            if isinstance(error, UserError | KeyboardInterrupt):
+                distributed.unwatch()
+            if distributed.first():
+                with contextlib.suppress(Exception):  # the report of what there is; the first error is what counts
+                    report()
             raise
         if profiler:
             progress.log(profiler.summary())
-        with provenance.explain_os_errors(run_dir / "report.html"):
-            return write_report(run_dir)
+        return distributed.by_first(report)
+
+
+def _nowhere():
+    return open(os.devnull, "w", encoding="utf-8")
 
 
 def print_named_runs() -> None:
@@ -156,9 +197,12 @@ def _set_environment() -> None:
     logging.set_verbosity(logging.WARNING)
 
 
-def _user_error(message: str) -> int:
-    print("error: " + " ".join(message.split()), file=sys.stderr)
-    return 2
+def _fail(code: int, line: str) -> int:
+    """Say why in one line, also to the other processes of the run, and return the exit code."""
+    line = " ".join(line.split())
+    print(line, file=sys.stderr, flush=True)
+    distributed.end_all(code, line)
+    return code
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
@@ -170,9 +214,9 @@ def _parse_flags(argv: list[str]) -> list[str]:
         rest = flags.FLAGS(argv)
     except flags.Error as error:
         message = re.sub(r"\. Did you mean: (\S+) \?", r"; did you mean --\1?", str(error))
-        sys.exit(_user_error(f"{message} (--help lists the flags)"))
+        sys.exit(_fail(2, f"error: {message} (--help lists the flags)"))
     if len(rest) > 1:
-        sys.exit(_user_error(f"{rest[1]!r} belongs to no flag; write --config=NAME, --set name=value"))
+        sys.exit(_fail(2, f"error: {rest[1]!r} belongs to no flag; write --config=NAME, --set name=value"))
     return argv
 
 

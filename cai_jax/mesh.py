@@ -115,3 +115,32 @@ def put_rows(mesh, batch):
         return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
     return jax.tree.map(put, batch)
+
+
+def place_rows(mesh, rows, take):
+    """A batch of which each process makes only the rows that its devices hold.
+
+    `rows` are the numbers of the batch's rows; `take(numbers)` makes those, a dict of host arrays with rows first.
+    """
+    sharding, count = NamedSharding(mesh, ROWS), len(rows)
+
+    def bounds(index):
+        return index[0].indices(count)[:2]
+
+    wanted = {bounds(index) for index in sharding.addressable_devices_indices_map((count,)).values()}
+    parts = {(start, stop): take(rows[start:stop]) for start, stop in wanted}
+
+    def place(name, part):
+        shape = (count, *part.shape[1:])
+        return jax.make_array_from_callback(shape, sharding, lambda index: parts[bounds(index)][name])
+
+    return {name: place(name, part) for name, part in next(iter(parts.values())).items()}
+
+
+def on_host(array) -> np.ndarray:
+    """A whole array in every process, however it is split."""
+    if array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))

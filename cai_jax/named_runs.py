@@ -12,6 +12,7 @@ from pathlib import Path
 
 from cai_jax import config as c
 from cai_jax.config import STAGES, Config, did_you_mean
+from cai_jax.conversation_sets import parse_mixer
 from cai_jax.errors import UserError
 
 
@@ -120,6 +121,7 @@ def validate(config: Config) -> None:
     _check_batches(config)
     _check_sampling(config)
     _check_lengths(config)
+    parse_mixer(config.sft.mixer)
 
 
 def _check_fields(node, prefix: str) -> None:
@@ -304,6 +306,7 @@ _RULES = {
         "missing_eos_penalty": _at_least(0),
         "checkpoint_every": _at_least(1),
     },
+    c.Checkpoints: {"keep": _at_least(1), "export": _one_of("last", "best")},
     c.Evaluate: {"rows_per_shard": _at_least(1)},
     Config: {
         "description": _ONE_LINE,

@@ -7,7 +7,7 @@ rest goes on. Nothing here knows a model: whether a prompt fits into a context i
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cai_jax import config
@@ -61,7 +61,7 @@ def load_prompts(prompt_set: config.PromptSet, name: str) -> PromptRows:
     _check_columns(records, prompt_set, where)
     numbered = list(enumerate(records, start=1))
     if split:
-        numbered = _rows_of_split(numbered, split, where)
+        numbered = rows_of_split(numbered, split, where)
     prompts, skipped = _usable(numbered, prompt_set, name)
     if not prompts:
         raise UserError(
@@ -102,7 +102,7 @@ def check_disjoint(train: Mapping[str, PromptRows], evaluation: Mapping[str, Pro
     Raises UserError that names the ids on both sides.
     """
     trained = {
-        _conversation_key(prompt.messages): f"{name} {prompt.id}"
+        conversation_key(prompt.messages): f"{name} {prompt.id}"
         for name, prompts in train.items()
         for prompt in prompts.rows
     }
@@ -110,7 +110,7 @@ def check_disjoint(train: Mapping[str, PromptRows], evaluation: Mapping[str, Pro
         f"{trained[key]} = {name} {prompt.id}"
         for name, prompts in evaluation.items()
         for prompt in prompts.rows
-        if (key := _conversation_key(prompt.messages)) in trained
+        if (key := conversation_key(prompt.messages)) in trained
     ]
     if shared:
         more = f" and {len(shared) - 5} more" if len(shared) > 5 else ""
@@ -131,7 +131,8 @@ def _check_columns(records: list[dict], prompt_set: config.PromptSet, where: str
             raise UserError(f"{where}: no column {wanted!r} for {field}{nearest(wanted, columns)}")
 
 
-def _rows_of_split(numbered: list[tuple[int, dict]], split: str, where: str) -> list[tuple[int, dict]]:
+def rows_of_split(numbered: list[tuple[int, dict]], split: str, where: str) -> list[tuple[int, dict]]:
+    """The numbered records whose column "split" says so; UserError where none does."""
     found = list(dict.fromkeys(str(record["split"]) for _, record in numbered if "split" in record))
     if not found:
         raise UserError(f"{where}: split {split!r} is asked for but there is no column 'split'; set split to ''")
@@ -153,15 +154,15 @@ def _usable(
         fallback_id = f"{name}-{number:05d}"
         row_id, category = fallback_id, ""
         try:
-            row_id = _label(record.get(prompt_set.id), "id") or fallback_id
-            category = _label(record.get(prompt_set.category), "category")
+            row_id = label_of(record.get(prompt_set.id), "id") or fallback_id
+            category = label_of(record.get(prompt_set.category), "category")
             messages = _messages(record.get(prompt_set.prompt))
-            key = _conversation_key(messages)
+            key = conversation_key(messages)
             if row_id in row_of_id:
-                raise _Unusable(f"row {number} has the id of row {row_of_id[row_id]}: duplicate id")
+                raise Unusable(f"row {number} has the id of row {row_of_id[row_id]}: duplicate id")
             if key in id_of_conversation:
-                raise _Unusable(f"duplicate prompt, same as {id_of_conversation[key]}")
-        except _Unusable as reason:
+                raise Unusable(f"duplicate prompt, same as {id_of_conversation[key]}")
+        except Unusable as reason:
             skipped.append({"id": row_id, "reason": str(reason)})
             continue
         row_of_id[row_id] = number
@@ -170,19 +171,19 @@ def _usable(
     return prompts, skipped
 
 
-class _Unusable(Exception):
+class Unusable(Exception):
     """Why one row is left out."""
 
 
-def _label(value: Any, field: str) -> str:
+def label_of(value: Any, field: str) -> str:
     """The text of an id or a category; "" where there is none."""
     if value is None or value != value:  # Parquet written by pandas has NaN for a missing number
         return ""
     if isinstance(value, float) and value.is_integer():
         value = int(value)  # a column of whole numbers with a gap comes as floats
     if not isinstance(value, (str, int, float)):
-        raise _Unusable(f"{field} is a {type(value).__name__}, not a text or a number")
-    _check_unicode(str(value), field)
+        raise Unusable(f"{field} is a {type(value).__name__}, not a text or a number")
+    check_unicode(str(value), field)
     return str(value).strip()
 
 
@@ -191,32 +192,33 @@ def _messages(value: Any) -> tuple[dict[str, str], ...]:
     if isinstance(value, str):
         turns = _transcript_turns(value) if value.startswith("\n\nHuman:") else [("user", value)]
     elif isinstance(value, list):
-        turns = [_turn(entry, number) for number, entry in enumerate(value, start=1)]
+        turns = [turn_of(entry, number) for number, entry in enumerate(value, start=1)]
     elif value is None:
-        raise _Unusable("no prompt")
+        raise Unusable("no prompt")
     else:
-        raise _Unusable(f"prompt is a {type(value).__name__}, not a text or a list of messages")
+        raise Unusable(f"prompt is a {type(value).__name__}, not a text or a list of messages")
     while turns and turns[-1][0] == "assistant":
         turns.pop()
     if not any(role == "user" for role, _ in turns):
-        raise _Unusable("no user turn")
+        raise Unusable("no user turn")
     if turns[-1][0] != "user":
-        raise _Unusable(f"ends with a {turns[-1][0]} turn, not with one of the user")
+        raise Unusable(f"ends with a {turns[-1][0]} turn, not with one of the user")
     for number, (_, content) in enumerate(turns, start=1):
         if not content.strip():
-            raise _Unusable("empty prompt" if len(turns) == 1 else f"turn {number} is empty")
-        _check_unicode(content, f"turn {number}")
-    return _merged(turns)
+            raise Unusable("empty prompt" if len(turns) == 1 else f"turn {number} is empty")
+        check_unicode(content, f"turn {number}")
+    return merged(turns)
 
 
-def _turn(entry: Any, number: int) -> tuple[str, str]:
+def turn_of(entry: Any, number: int) -> tuple[str, str]:
+    """Role and content of an entry {role, content}; `Unusable` where it is none."""
     if not isinstance(entry, dict):
-        raise _Unusable(f"turn {number} is a {type(entry).__name__}, not {{role, content}}")
+        raise Unusable(f"turn {number} is a {type(entry).__name__}, not {{role, content}}")
     role, content = entry.get("role"), entry.get("content")
     if role not in ROLES:
-        raise _Unusable(f"turn {number} has the role {str(role)[:40]!r}, not one of {', '.join(ROLES)}")
+        raise Unusable(f"turn {number} has the role {str(role)[:40]!r}, not one of {', '.join(ROLES)}")
     if not isinstance(content, str):
-        raise _Unusable(f"the content of turn {number} is a {type(content).__name__}, not a text")
+        raise Unusable(f"the content of turn {number} is a {type(content).__name__}, not a text")
     return role, content
 
 
@@ -226,7 +228,7 @@ def _transcript_turns(text: str) -> list[tuple[str, str]]:
     return [(role, content.strip()) for role, content in zip(roles, parts[1::2], strict=True)]
 
 
-def _merged(turns: list[tuple[str, str]]) -> tuple[dict[str, str], ...]:
+def merged(turns: list[tuple[str, str]]) -> tuple[dict[str, str], ...]:
     """Neighbours of one role joined: several chat templates take strictly alternating turns only."""
     messages: list[dict[str, str]] = []
     for role, content in turns:
@@ -237,14 +239,16 @@ def _merged(turns: list[tuple[str, str]]) -> tuple[dict[str, str], ...]:
     return tuple(messages)
 
 
-def _check_unicode(text: str, what: str) -> None:
+def check_unicode(text: str, what: str) -> None:
+    """`Unusable` for a text that UTF-8 cannot hold."""
     try:
         text.encode()
     except UnicodeEncodeError:  # half of a surrogate pair, as a cut "\\ud83d" in JSON gives
-        raise _Unusable(f"{what} is not valid Unicode") from None
+        raise Unusable(f"{what} is not valid Unicode") from None
 
 
-def _conversation_key(messages: tuple[dict[str, str], ...]) -> tuple:
+def conversation_key(messages: Sequence[dict[str, str]]) -> tuple:
+    """Equal for conversations that differ in case and white space only."""
     return tuple((turn["role"], " ".join(turn["content"].casefold().split())) for turn in messages)
 
 

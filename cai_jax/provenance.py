@@ -1,7 +1,8 @@
 """Hashes, row keys, and a run folder that survives `kill -9`.
 
 Everything is written to NAME.tmp, flushed to disk and renamed, so a file that is there is whole. A stage's
-done.json is written last and names the hash of every artifact.
+done.json is written last and names the hash of every artifact. Among several processes all call, the first writes,
+and what it found on disk is what all go by.
 """
 
 import contextlib
@@ -18,6 +19,7 @@ from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from cai_jax import distributed
 from cai_jax.errors import UserError
 
 # What differs between equal runs, and the seal itself.
@@ -112,6 +114,8 @@ def _plain(obj):
 
 
 def _write_atomically(path: Path, text: str) -> None:
+    if not distributed.first():
+        return
     partial = path.with_name(path.name + ".tmp")
     with explain_os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -180,6 +184,9 @@ class StageFolder:
 
     def discard(self) -> None:
         """Throw the stage's earlier work away. Moved aside first: a kill on the way leaves no half of it."""
+        distributed.by_first(self._discard)
+
+    def _discard(self) -> None:
         with explain_os_errors(self.path):
             shutil.rmtree(self._aside, ignore_errors=True)
             if self.path.exists():
@@ -192,7 +199,9 @@ class StageFolder:
         Raises UserError when earlier work has another fingerprint, naming what changed, and when an artifact
         of a stage that is done is missing or altered.
         """
-        fingerprint = _plain(fingerprint)
+        return distributed.by_first(lambda: self._begin(_plain(fingerprint)))
+
+    def _begin(self, fingerprint: dict) -> str:
         earlier = self._earlier_fingerprint()
         self._remove_partial_files()
         if earlier is None:
@@ -233,6 +242,9 @@ class StageFolder:
 
     def finish(self, timing: dict) -> str:
         """Seal the stage and return its hash; `timing` holds all that differs between equal runs."""
+        return distributed.by_first(lambda: self._finish(timing))
+
+    def _finish(self, timing: dict) -> str:
         write_json(self.path / "timing.json", timing)
         artifacts = {}
         for path in self._files():
@@ -256,13 +268,17 @@ class StageFolder:
 
     def finished_shards(self, prefix: str = "rows") -> set[int]:
         """The numbers of the shards that are there, each read once: a malformed one is a UserError."""
+        return set(distributed.by_first(lambda: self._finished_shards(prefix)))
+
+    def _finished_shards(self, prefix: str) -> list[int]:
         paths, _ = self._shards(prefix)
         for path in paths.values():
             read_jsonl(path)
-        return set(paths)
+        return sorted(paths)
 
     def read_shards(self, prefix: str = "rows") -> list[dict]:
         """All rows in order; UserError naming a missing shard, or a malformed line by file and number."""
+        distributed.meet()  # the first may still be writing them
         paths, count = self._shards(prefix)
         missing = [index for index in range(count) if index not in paths]
         if missing or not paths:
@@ -366,6 +382,8 @@ class MetricsFile:
 
     def append(self, record: dict) -> None:
         """One line, handed to the system at once: a killed process loses none of it."""
+        if not distributed.first():
+            return
         with explain_os_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "ab") as file:
@@ -373,11 +391,12 @@ class MetricsFile:
 
     def sync(self) -> None:
         """Flush to disk; before a checkpoint, so that the lines are never behind it."""
-        if self.path.exists():
+        if distributed.first() and self.path.exists():
             _sync(self.path)
 
     def read(self) -> list[dict]:
         """All records; none where there is no file yet."""
+        distributed.meet()
         return read_jsonl(self.path) if self.path.exists() else []
 
     def truncate_to(self, step_key: str, step: int) -> None:
@@ -385,6 +404,9 @@ class MetricsFile:
 
         A torn last line goes. Raises UserError when the lines end before the checkpoint does.
         """
+        distributed.by_first(lambda: self._truncate_to(step_key, step))
+
+    def _truncate_to(self, step_key: str, step: int) -> None:
         kept_bytes, last = 0, None
         lines = self.path.read_bytes().split(b"\n")[:-1] if self.path.exists() else []
         for number, line in enumerate(lines, start=1):

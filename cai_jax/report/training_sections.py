@@ -20,6 +20,7 @@ def sft(run: Run, titles: dict[str, str]) -> list:
             [
                 ("revisions", count(examples.get("revisions"))),
                 ("helpful answers", count(examples.get("helpful"))),
+                *((name, count(n)) for name, n in examples.items() if name not in ("revisions", "helpful")),
                 ("steps", count(summary.get("steps"))),
                 ("first loss", number(summary.get("first_loss"), 3)),
                 ("last loss", number(summary.get("last_loss"), 3)),

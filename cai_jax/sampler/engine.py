@@ -15,7 +15,7 @@ import numpy as np
 
 from cai_jax.chat import decode_text, encode_chat, encode_text, stop_ids
 from cai_jax.config import Sampling
-from cai_jax.mesh import platform_of, put_rows
+from cai_jax.mesh import on_host, platform_of, put_rows
 from cai_jax.provenance import row_seed
 from cai_jax.sampler import decode
 from cai_jax.sampler.cache import BLOCK, STRIP, entry_dtype, new_cache
@@ -227,7 +227,7 @@ class Sampler:
         self._cache, logprobs = decode.prefill(
             self.model.config, self.mesh, self._weights, self._cache, *self._put((strips, asked))
         )
-        logprobs = _on_host(logprobs) if wanted else None
+        logprobs = on_host(logprobs) if wanted else None
         return list(chain(*groups)), [(key, logprobs[at]) for at, key in wanted.items()]
 
     def _decode(self) -> Iterator[tuple[int, object]]:
@@ -239,7 +239,7 @@ class Sampler:
             self.model.config, self.mesh, self._weights, self._cache, *self._put((slots, history_BS)), patience,
             self.chunk,
         )  # fmt: skip
-        tokens_BC, logprobs_BC, counts_B = map(_on_host, out)
+        tokens_BC, logprobs_BC, counts_B = map(on_host, out)
         self.counts.steps += self.rows * int(counts_B.max())
         self.counts.generated += int(counts_B.sum())
         ended = []
@@ -360,11 +360,3 @@ def bucket(size: int, smallest: int) -> int:
 def _only(request) -> Row:
     """A row that asks once and returns the answer."""
     return (yield request)
-
-
-def _on_host(array) -> np.ndarray:
-    if array.is_fully_addressable:
-        return np.asarray(array)
-    from jax.experimental import multihost_utils
-
-    return np.asarray(multihost_utils.process_allgather(array, tiled=True))

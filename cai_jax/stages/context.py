@@ -14,6 +14,7 @@ import cai_jax
 from cai_jax import mesh as meshes
 from cai_jax.config import Config, flatten
 from cai_jax.constitution import Constitution, load_constitution
+from cai_jax.conversation_sets import Conversations
 from cai_jax.errors import UserError
 from cai_jax.memory import peak_memory, reset_peak_memory
 from cai_jax.metrics_log import MetricsLog
@@ -23,7 +24,8 @@ from cai_jax.provenance import StageFolder, check_free_space, row_seed
 from cai_jax.sampler import Sampler
 from cai_jax.sampler.cache import cache_bytes, entry_dtype
 from cai_jax.sampler.memory import check_cache_fits, gibibytes
-from cai_jax.stages.inputs import INPUTS, check_models, override_of, read_prompts
+from cai_jax.stages.inputs import check_models, override_of, read_mixed, read_prompts, sources
+from cai_jax.training.checkpoint import Checkpoints
 
 PROMPT_SETS = {
     "critique_revision": ("red_team",),
@@ -33,8 +35,8 @@ PROMPT_SETS = {
     "ppo": ("red_team", "helpful"),
     "evaluate": ("eval_red_team", "eval_helpful", "eval_look_alike"),
 }
-# Copies of the parameters that a stage puts on disk at worst: two train states and an export.
-DISK_COPIES = {"sft": 7, "reward_model": 7, "ppo": 13}
+# Copies of the parameters in a train state: themselves and two moments, in PPO those of a value model too.
+STATE_COPIES = {"sft": 3, "reward_model": 3, "ppo": 6}
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "datasets")
 
 
@@ -49,6 +51,7 @@ class Context:
     mesh: jax.sharding.Mesh
     constitution: Constitution
     prompts: dict
+    mixed: dict[str, Conversations]  # what SFT mixes in, by source
     base: Model
     programs: set = field(default_factory=set)  # static shapes that the samplers of the stage have run
     all_programs: set = field(default_factory=set)  # the same of all stages of this command
@@ -102,6 +105,19 @@ class Context:
         """A batch of host arrays, its rows split over the mesh."""
         return meshes.put_rows(self.mesh, batch)
 
+    def place_rows(self, rows, take):
+        """The batch `take(rows)`, its rows split over the mesh; each process takes those of its devices only."""
+        return meshes.place_rows(self.mesh, rows, take)
+
+    def checkpoints(self, folder: StageFolder, every: int) -> Checkpoints:
+        """The checkpoints of a training stage."""
+        settings = self.config.checkpoints
+        return Checkpoints(folder.path / "checkpoints", every, settings.keep, settings.export == "best")
+
+    def quality(self, of_state):
+        """`of_state` where the config asks for the best state of a training stage, None where for the last."""
+        return of_state if self.config.checkpoints.export == "best" else None
+
     def row_seed(self, stage: str, row_id: str, *rest) -> int:
         """The key of a row in this run."""
         return row_seed(self.config.seed, stage, row_id, *rest)
@@ -132,6 +148,10 @@ class Context:
             "prompts": {
                 name: {"rows": len(rows.rows), "skipped": list(rows.skipped), "hash": rows.hash}
                 for name, rows in self.prompts.items()
+            },
+            "conversations": {
+                source: {"rows": len(rows.rows), "skipped": len(rows.skipped), "hash": rows.hash}
+                for source, rows in self.mixed.items()
             },
             "versions": {"cai_jax": cai_jax.__version__} | {package: metadata.version(package) for package in PACKAGES},
         }  # fmt: skip
@@ -173,9 +193,14 @@ class Context:
             self.folder(stage).check(self._fingerprint(stage))
 
     def _fingerprint(self, stage: str) -> dict:
-        """All that the artifacts of a stage depend on, flat. None: an input that is still to be made."""
+        """All that the artifacts of a stage depend on, flat. None: an input that is still to be made.
+
+        The mesh is no part of it: on another one sums are rounded otherwise, and a run may go on there.
+        """
         flat = flatten(self.config)
-        wanted = ("mesh.", "sampler.", "model.", f"{stage}.")
+        wanted = ("sampler.", "model.", f"{stage}.")
+        if stage in STATE_COPIES:
+            wanted += ("checkpoints.export",)
         fingerprint = {
             f"config.{key}": value
             for key, value in flat.items()
@@ -183,7 +208,9 @@ class Context:
         }
         fingerprint |= {"input.model": self.base.hash, "input.constitution": self.constitution.hash}
         fingerprint |= {f"input.prompts.{name}": self.prompts[name].hash for name in PROMPT_SETS[stage]}
-        for source, override_field in INPUTS[stage].items():
+        if stage == "sft":
+            fingerprint |= {f"input.conversations.{source}": rows.hash for source, rows in self.mixed.items()}
+        for source, override_field in sources(self.config, stage).items():
             if override := override_of(self.config, stage, source):
                 fingerprint[f"input.{override_field}"] = model_hash(override)
             elif (done := self.folder(source).done()) is not None:
@@ -202,12 +229,13 @@ def prepare(name: str, config: Config, run_dir: Path, fresh: bool, progress: Pro
     mesh = meshes.make_mesh(config.mesh)
     _check_rows(config, mesh)
     check_models(config, Path(run_dir))
+    mixed = read_mixed(config, prompts)
     base = load_model(
         config.model.source, config.model.dtype, "policy", lambda shapes: meshes.shardings(mesh, shapes)
     )
     parameter_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(base.params))
-    check_free_space(run_dir, parameter_bytes * max(DISK_COPIES.get(stage, 0) for stage in config.stages))
-    context = Context(name, config, Path(run_dir), progress, mesh, constitution, prompts, base)
+    check_free_space(run_dir, parameter_bytes * max(_copies_on_disk(config, stage) for stage in config.stages))
+    context = Context(name, config, Path(run_dir), progress, mesh, constitution, prompts, mixed, base)
     _announce_cache(context)
     if fresh:
         for stage in config.stages:
@@ -215,6 +243,14 @@ def prepare(name: str, config: Config, run_dir: Path, fresh: bool, progress: Pro
     else:
         context.check_unchanged()
     return context
+
+
+def _copies_on_disk(config: Config, stage: str) -> int:
+    """Copies of the parameters that a stage puts on disk at worst: the states that are kept, one more, an export."""
+    if stage not in STATE_COPIES:
+        return 0
+    states = config.checkpoints.keep + 1 + (config.checkpoints.export == "best")
+    return STATE_COPIES[stage] * states + 1
 
 
 def _announce_cache(context: Context) -> None:

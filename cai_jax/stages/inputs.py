@@ -4,6 +4,7 @@ from pathlib import Path
 
 from cai_jax.chat import encode_chat, turn_end_id
 from cai_jax.config import Config
+from cai_jax.conversation_sets import OWN, Conversations, load_conversations, parse_mixer
 from cai_jax.errors import UserError
 from cai_jax.models.pretrained import ModelInfo, check_model, written_ids
 from cai_jax.prompt_sets import PromptRows, check_disjoint, load_prompts, with_unique_ids
@@ -23,6 +24,13 @@ COMPARES_WHAT_THERE_IS = ("evaluate",)
 _KINDS = {"sft": "policy", "reward_model": "reward", "ppo": "policy"}  # of the models that stages leave
 _TRAIN_SETS = ("red_team", "helpful")
 _EVAL_SETS = ("eval_red_team", "eval_helpful", "eval_look_alike")
+
+
+def sources(config: Config, stage: str) -> dict[str, str]:
+    """The INPUTS of a stage under a config: an SFT on other sets alone reads no revisions."""
+    if stage == "sft" and "revisions" not in parse_mixer(config.sft.mixer):
+        return {}
+    return INPUTS[stage]
 
 
 def override_of(config: Config, stage: str, source: str) -> str:
@@ -45,6 +53,14 @@ def read_prompts(config: Config) -> dict[str, PromptRows]:
     return train | evaluation
 
 
+def read_mixed(config: Config, prompts: dict[str, PromptRows]) -> dict[str, Conversations]:
+    """The sets of conversations that the SFT of this command mixes in, by their source; none without that stage."""
+    if "sft" not in config.stages:
+        return {}
+    evaluation = {name: prompts[name] for name in _EVAL_SETS}
+    return {s: load_conversations(s, evaluation) for s in parse_mixer(config.sft.mixer) if s not in OWN}
+
+
 def check_models(config: Config, run_dir: Path) -> None:
     """Raise UserError for a model or an earlier stage that a selected stage needs and cannot use.
 
@@ -56,7 +72,7 @@ def check_models(config: Config, run_dir: Path) -> None:
     _check_tokenizer(base)
     made = {"critique_revision": None, "preferences": None, "sft": base}  # what selected stages will leave
     for stage in config.stages:
-        models = {source: _input(config, run_dir, stage, source, made) for source in INPUTS[stage]}
+        models = {source: _input(config, run_dir, stage, source, made) for source in sources(config, stage)}
         if stage in ("reward_model", "ppo"):
             made[stage] = models["sft"]
         if check := _CHECKS.get(stage):

@@ -11,8 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cai_jax import distributed
 from cai_jax.chat import encode_chat
 from cai_jax.errors import UserError
+from cai_jax.mesh import on_host
 from cai_jax.models.flops import forward_flops, training_flops
 from cai_jax.models.heads import last_real, values
 from cai_jax.models.kernels import cast
@@ -23,7 +25,6 @@ from cai_jax.objectives.model_losses import completion_logprobs, completion_valu
 from cai_jax.provenance import read_json, write_json
 from cai_jax.stages.rows import messages_of, usable_prompts
 from cai_jax.training import loop
-from cai_jax.training.checkpoint import Checkpoints
 from cai_jax.training.step import start_training
 
 STAGE = "ppo"
@@ -94,8 +95,12 @@ def _train(context, folder, frozen: Frozen, bias: float):
         return state, report | trained, int((rollouts["positions"] >= 0).sum())
 
     metrics_log = context.metrics_log(folder, flops_per_token(settings, frozen))
-    checkpoints = Checkpoints(folder.path / "checkpoints", settings.checkpoint_every)
-    state = loop.run(state, advance, settings.updates, checkpoints, metrics_log, context.progress, STAGE, "update")
+    checkpoints = context.checkpoints(folder, settings.checkpoint_every)
+    # What PPO maximises, score less KL, as the rollouts of the updates had it: those of each update's start.
+    quality = context.quality(loop.mean_of("reward"))
+    state = loop.run(
+        state, advance, settings.updates, checkpoints, metrics_log, context.progress, STAGE, "update", quality
+    )
     return state.params, metrics_log.read()
 
 
@@ -162,7 +167,7 @@ def score_rollouts(context, frozen: Frozen, value_params, rollouts, bias: float)
             frozen.reference.config, frozen.reward.config, frozen.reference.params, value_params, frozen.reward.params,
             context.put_rows(part), settings.response.temperature, context.config.model.compute_dtype,
         )  # fmt: skip
-        parts.append([np.asarray(x) for x in scored])
+        parts.append([on_host(x) for x in scored])
     ref_logprobs, raw_values, raw_scores = (np.concatenate(column) for column in zip(*parts, strict=True))
     old_values = raw_values - np.float32(bias)
     scores = raw_scores - bias - settings.missing_eos_penalty * rollouts["truncated"].astype(np.float32)
@@ -219,11 +224,11 @@ def minibatches(settings, seed: int, update: int):
 def _reward_bias(context, folder, sampler, frozen: Frozen) -> float:
     """Mean reward of the reference model's own samples, taken off every score so that the scale starts at zero."""
     path = folder.path / "reference.json"
-    if not path.exists():
+    if not distributed.by_first(path.exists):
         rollouts = sample_rollouts(context, sampler, frozen, "reference")
         _, report = score_rollouts(context, frozen, frozen.reward.params, rollouts, 0.0)
         write_json(path, {"score_mean": float(report["score"]), "samples": len(rollouts["tokens"])})
-    recorded = read_json(path)
+    recorded = distributed.by_first(lambda: read_json(path))
     mean = recorded.get("score_mean") if isinstance(recorded, dict) else None
     if not isinstance(mean, int | float) or isinstance(mean, bool):
         raise UserError(f"{path}: holds no number under score_mean; --fresh --stages=ppo does the stage again")

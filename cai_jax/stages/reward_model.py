@@ -6,13 +6,13 @@ from cai_jax import statistics
 from cai_jax.chat import completion_ids, encode_chat, encode_text, turn_end_id
 from cai_jax.errors import UserError
 from cai_jax.models.flops import training_flops
+from cai_jax.objectives import pairwise
 from cai_jax.objectives.model_losses import reward_objective
 from cai_jax.provenance import content_hash
 from cai_jax.stages.preferences import TIE
 from cai_jax.stages.scoring import score_texts
 from cai_jax.training import loop
-from cai_jax.training.batches import batch_rows, pair_rows, steps_per_epoch, take_rows
-from cai_jax.training.checkpoint import Checkpoints
+from cai_jax.training.batches import Rows, batch_rows, pair_rows, steps_per_epoch
 from cai_jax.training.step import start_training
 
 STAGE = "reward_model"
@@ -30,12 +30,11 @@ def run(context, folder) -> dict:
             f"reward_model: {len(pairs)} of {len(rows)} pairs can be used, too few to train on and hold out some; "
             "add prompts, or raise reward_model.max_length"
         )
-    params, metrics = _train(context, folder, model, train)
+    params, metrics = _train(context, folder, model, train, held_out)
     context.export(folder, model, params, "reward")
     context.progress.log("reward_model: scoring the held-out pairs")
-    texts = [pair["tokens"][0] + response for pair in held_out for response in pair["tokens"][1:]]
-    scores = score_texts(context, model.config, params, texts)
-    for pair, pair_scores in zip(held_out, np.reshape(scores, (-1, 2)), strict=True):
+    scores = _scores(context, model, params, held_out)
+    for pair, pair_scores in zip(held_out, scores, strict=True):
         pair["scores"] = pair_scores
     return {
         "train_pairs": len(train),
@@ -83,15 +82,27 @@ def split_by_prompt(pairs, share: float):
     return [p for p in pairs if p["prompt_id"] not in held], [p for p in pairs if p["prompt_id"] in held]
 
 
-def _train(context, folder, model, pairs):
+def _scores(context, model, params, pairs) -> np.ndarray:
+    """The rewards of both responses of every pair, `[pairs, 2]`."""
+    texts = [pair["tokens"][0] + response for pair in pairs for response in pair["tokens"][1:]]
+    return np.reshape(score_texts(context, model.config, params, texts), (-1, 2))
+
+
+def _loss_of(scores, pairs) -> float:
+    """The mean Bradley-Terry loss of pairs."""
+    probabilities = np.asarray([pair["probability"] for pair in pairs], np.float32)
+    return float(pairwise.bradley_terry(scores[:, 0], scores[:, 1], probabilities))
+
+
+def _train(context, folder, model, pairs, held_out):
     settings, shape = context.config.reward_model, context.config.model
     longest = max(sum(map(len, pair["tokens"])) for pair in pairs)
     length = min(settings.max_length, -(-longest // 32) * 32)
-    arrays = {
+    source = Rows({
         **pair_rows([pair["tokens"] for pair in pairs], length),
         "probability": np.asarray([pair["probability"] for pair in pairs], np.float32),
         "real": np.ones(len(pairs), np.int32),
-    }
+    })
     total = settings.epochs * steps_per_epoch(len(pairs), settings.batch_size)
     objective = reward_objective(model.config, shape.compute_dtype, shape.remat, settings.center, TIE)
     state, step = start_training(
@@ -99,16 +110,21 @@ def _train(context, folder, model, pairs):
     )
 
     def advance(state, index):
-        batch = take_rows(arrays, batch_rows(len(pairs), settings.batch_size, context.config.seed, index))
-        state, metrics = step(state, context.put_rows(batch))
+        rows = batch_rows(len(source), settings.batch_size, context.config.seed, index)
+        state, metrics = step(state, context.place_rows(rows, source.take))
         metrics["pairs"] = metrics.pop("weight")
         metrics["accuracy"] = metrics["accuracy"] / metrics["decided_share"]  # nan, so null, where all are ties
-        return state, metrics, int((batch["positions"] >= 0).sum())
+        return state, metrics, source.tokens(rows)
 
-    mean_length = (arrays["positions"] >= 0).sum() / len(pairs)
+    def quality(state, lines):
+        return -_loss_of(_scores(context, model, state.params, held_out), held_out)
+
+    mean_length = source.mean_length
     metrics_log = context.metrics_log(folder, training_flops(model.config, 1, mean_length, unembedded=0))
-    checkpoints = Checkpoints(folder.path / "checkpoints", settings.checkpoint_every)
-    state = loop.run(state, advance, total, checkpoints, metrics_log, context.progress, STAGE, "step")
+    checkpoints = context.checkpoints(folder, settings.checkpoint_every)
+    state = loop.run(
+        state, advance, total, checkpoints, metrics_log, context.progress, STAGE, "step", context.quality(quality)
+    )
     return state.params, metrics_log.read()
 
 

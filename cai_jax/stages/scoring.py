@@ -6,6 +6,7 @@ from functools import partial
 import jax
 import numpy as np
 
+from cai_jax.mesh import on_host
 from cai_jax.models.heads import last_real, values
 from cai_jax.models.kernels import cast
 from cai_jax.sampler.engine import bucket
@@ -28,7 +29,7 @@ def score_texts(context, config, params, rows_of_tokens) -> np.ndarray:
             texts = [rows_of_tokens[i] for i in batch] + [[0]] * (rows - len(batch))
             placed = context.put_rows(right_padded(texts, length))
             rewards_B = _rewards(config, params, *placed, context.config.model.compute_dtype)
-            scores[batch] = np.asarray(rewards_B)[: len(batch)]
+            scores[batch] = on_host(rewards_B)[: len(batch)]
     return scores
 
 

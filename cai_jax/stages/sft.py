@@ -1,14 +1,19 @@
-"""SL-CAI training (Bai et al. 2022, section 3): the revisions of every round, and the model's own helpful answers."""
+"""SL-CAI training (Bai et al. 2022, section 3): the revisions of every round, and the model's own helpful answers.
+
+`sft.mixer` takes less of them, and mixes sets of conversations in.
+"""
+
+from array import array
 
 from cai_jax.chat import completion_ids, encode_chat, encode_text, turn_end_id
+from cai_jax.conversation_sets import draw, parse_mixer
 from cai_jax.errors import UserError
 from cai_jax.models.flops import training_flops
 from cai_jax.objectives.model_losses import sft_objective
 from cai_jax.sampler import Generate
 from cai_jax.stages.rows import make_rows, messages_of, sample_dict, unfinished, usable_prompts, watch
 from cai_jax.training import loop
-from cai_jax.training.batches import Example, batch_rows, pack, steps_per_epoch, take_rows
-from cai_jax.training.checkpoint import Checkpoints
+from cai_jax.training.batches import Example, Packing, batch_rows, steps_per_epoch
 from cai_jax.training.step import start_training
 
 STAGE = "sft"
@@ -16,47 +21,73 @@ STAGE = "sft"
 
 def run(context, folder) -> dict:
     """Sample the helpful answers, train, export `model/`; returns the summary of the stage."""
+    settings = context.config.sft
     counters, skipped = {"empty_completion": 0, "truncated_completion": 0, "too_long": 0}, []
-    kept = {"revisions": _revisions(context, counters, skipped)}
-    samples, unusable = _helpful_samples(context, folder)
-    helpful = [(row["id"], row["messages"], row["response"]) for row in samples]
-    kept["helpful"] = _examples(context, helpful, counters, skipped)
-    examples = kept["revisions"] + kept["helpful"]
-    packed = pack(examples, context.config.sft.sequence_length)
-    params, metrics = _train(context, folder, packed)
+    kept, mixer = {}, parse_mixer(settings.mixer)
+    if "revisions" in mixer:
+        kept["revisions"] = _revisions(context, counters, skipped)
+    if "helpful" in mixer:
+        samples, unusable = _helpful_samples(context, folder, mixer["helpful"])
+        skipped = unusable + skipped
+        helpful = [(row["id"], row["messages"], row["response"]) for row in samples]
+        kept["helpful"] = _examples(context, helpful, counters, skipped)
+    for source, rows in context.mixed.items():
+        skipped += rows.skipped
+        kept[source] = _examples(context, _turns(context, rows, mixer[source], source), counters, skipped)
+    packing = Packing([example for examples in kept.values() for example in examples], settings.sequence_length)
+    if not len(packing):
+        raise UserError(f"sft: no example of {', '.join(kept)} can be used: {counters['empty_completion']} completions "
+                        f"are empty and {counters['too_long']} exceed sft.sequence_length: raise that")
+    params, metrics = _train(context, folder, packing)
     context.export(folder, context.base, params, "policy")
     return {
-        "examples": {name: len(rows) for name, rows in kept.items()},
-        "skipped": unusable + skipped,
+        "examples": {name: len(examples) for name, examples in kept.items()},
+        "skipped": skipped,
         "counters": counters,
         "steps": len(metrics),
         "first_loss": metrics[0]["loss"],
         "last_loss": metrics[-1]["loss"],
-        "packing_efficiency": sum(map(len, examples)) / packed["tokens"].size,
+        "packing_efficiency": packing.efficiency,
     }
 
 
 def _revisions(context, counters, skipped) -> list[Example]:
     """The revisions of every round; UserError where not one can be used, before anything else is computed."""
-    rows = [
-        (f"{row['id']}/round-{entry['round']}", row["messages"], entry["revision"])
+    rows = {
+        f"{row['id']}/round-{entry['round']}": (row["messages"], entry["revision"])
         for row in context.folder("critique_revision").read_shards()
         for entry in row["rounds"]
-    ]
-    examples = _examples(context, rows, counters, skipped)
+    }
+    drawn = draw(list(rows), parse_mixer(context.config.sft.mixer)["revisions"], context.config.seed, "revisions")
+    revisions = [(row_id, *row) for row_id, row in rows.items() if row_id in drawn]
+    examples = _examples(context, revisions, counters, skipped)
     if not examples:
         raise UserError(
-            f"sft: no revision can be used: of {len(rows)}, {counters['empty_completion']} are empty and "
+            f"sft: no revision can be used: of {len(revisions)}, {counters['empty_completion']} are empty and "
             f"{counters['too_long']} exceed sft.sequence_length: raise that, or see critique_revision/summary.json"
         )
     return examples
 
 
-def _helpful_samples(context, folder):
+def _turns(context, conversations, fraction, source):
+    """Of the drawn conversations every assistant turn, as what is to be learnt after all that stands before it."""
+    drawn = draw([row.id for row in conversations.rows], fraction, context.config.seed, source)
+    return [
+        (f"{row.id}/turn-{place + 1}", list(row.messages[:place]), {"text": turn["content"], "truncated": False})
+        for row in conversations.rows
+        if row.id in drawn
+        for place, turn in enumerate(row.messages)
+        if turn["role"] == "assistant"
+    ]
+
+
+def _helpful_samples(context, folder, fraction):
     """The starting model's own answers to helpful prompts: the helpfulness part of the training set."""
     settings = context.config.sft
     sampler = context.sampler(context.base)
     prompts, skipped = usable_prompts(sampler, context.prompts["helpful"], settings.helpful.max_new_tokens)
+    drawn = draw([prompt.id for prompt in prompts], fraction, context.config.seed, "helpful")
+    prompts = [prompt for prompt in prompts if prompt.id in drawn]  # only these are asked
 
     def answer(prompt):
         seed = context.row_seed(STAGE, prompt.id, "helpful")
@@ -94,28 +125,26 @@ def _examples(context, rows, counters, skipped) -> list[Example]:
             skipped.append({"id": row_id, "reason": f"prompt and completion exceed sft.sequence_length={limit} tokens"})
         else:
             counters["truncated_completion"] += completion["truncated"]
-            examples.append(Example(tuple(prompt), tuple(target)))
+            examples.append(Example(array("i", prompt), array("i", target)))
     return examples
 
 
-def _train(context, folder, packed):
+def _train(context, folder, packing: Packing):
     settings, model = context.config.sft, context.config.model
-    per_epoch = steps_per_epoch(len(packed["tokens"]), settings.batch_size)
-    total = settings.epochs * per_epoch
+    total = settings.epochs * steps_per_epoch(len(packing), settings.batch_size)
     objective = sft_objective(context.base.config, model.compute_dtype, model.remat)
     state, step = start_training(
         objective, context.base.params, settings.optimizer, total, context.mesh, settings.microbatches
     )
 
     def advance(state, index):
-        rows = batch_rows(len(packed["tokens"]), settings.batch_size, context.config.seed, index)
-        batch = take_rows(packed, rows)
-        state, metrics = step(state, context.put_rows(batch))
+        rows = batch_rows(len(packing), settings.batch_size, context.config.seed, index)
+        state, metrics = step(state, context.place_rows(rows, packing.take))
         metrics["tokens"] = metrics.pop("weight")
-        return state, metrics, int((batch["positions"] >= 0).sum())
+        return state, metrics, packing.tokens(rows)
 
-    packed_length = (packed["positions"] >= 0).sum() / (packed["positions"] == 0).sum()  # of one example, on average
-    metrics_log = context.metrics_log(folder, training_flops(context.base.config, 1, packed_length))
-    checkpoints = Checkpoints(folder.path / "checkpoints", settings.checkpoint_every)
-    state = loop.run(state, advance, total, checkpoints, metrics_log, context.progress, STAGE, "step")
+    metrics_log = context.metrics_log(folder, training_flops(context.base.config, 1, packing.mean_length))
+    checkpoints = context.checkpoints(folder, settings.checkpoint_every)
+    quality = context.quality(loop.mean_of("loss", -1))
+    state = loop.run(state, advance, total, checkpoints, metrics_log, context.progress, STAGE, "step", quality)
     return state.params, metrics_log.read()

@@ -3,7 +3,8 @@
 A batch is a dict of arrays with rows first. Nothing here keeps state: the batch of step n follows from n.
 """
 
-from collections.abc import Sequence
+import heapq
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,48 +12,99 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt and the completion to learn, as token ids; the completion ends with the end-of-turn token."""
+    """A prompt and the completion to learn, as token ids; the completion ends with the end-of-turn token.
 
-    prompt: tuple[int, ...]
-    completion: tuple[int, ...]
+    Both are sequences of one kind: tuples, or arrays of the `array` module, which take four bytes a token.
+    """
+
+    prompt: Sequence[int]
+    completion: Sequence[int]
 
     def __len__(self):
         return len(self.prompt) + len(self.completion)
 
 
-def pack(examples: Sequence[Example], length: int) -> dict[str, np.ndarray]:
-    """Pack examples into rows of `length` tokens, longest first, each into the fullest row that has room.
+class Packing:
+    """Examples packed into rows of `length` tokens, longest first, each into the fullest row that has room.
 
-    Returns `tokens`, `positions` (from 0 in each example, -1 in pads), `segments` (from 1 in each row, 0 in pads)
-    and `targets` (1 where the token is part of a completion), all `[rows, length]` int32.
-    Raises ValueError for an example longer than `length`.
+    Only the plan is kept; `take` makes rows when they are asked for. Raises ValueError for an example longer than
+    `length`.
     """
-    rows: list[list[Example]] = []
-    room: list[int] = []
-    for example in sorted(examples, key=lambda e: (-len(e), e.prompt, e.completion)):
-        if len(example) > length:
-            raise ValueError(f"an example of {len(example)} tokens does not fit a sequence of {length}")
-        fitting = [i for i, free in enumerate(room) if free >= len(example)]
-        if fitting:
-            best = min(fitting, key=lambda i: room[i])
+
+    def __init__(self, examples: Sequence[Example], length: int):
+        self.length = length
+        order = sorted(examples, key=lambda e: (-len(e), e.prompt, e.completion))
+        if order and len(order[0]) > length:
+            raise ValueError(f"an example of {len(order[0])} tokens does not fit a sequence of {length}")
+        self.rows = [[order[i] for i in row] for row in best_fit([len(example) for example in order], length)]
+
+    def __len__(self):
+        return len(self.rows)
+
+    @property
+    def efficiency(self) -> float:
+        """The share of the rows' places that hold tokens."""
+        return self.tokens(range(len(self))) / (len(self) * self.length)
+
+    @property
+    def mean_length(self) -> float:
+        """Tokens of an example, on average: how far one sees another."""
+        return self.tokens(range(len(self))) / sum(map(len, self.rows))
+
+    def tokens(self, rows: Iterable[int]) -> int:
+        """How many tokens the named rows hold together; row -1 holds none."""
+        return sum(len(example) for row in rows if row >= 0 for example in self.rows[row])
+
+    def take(self, rows: Sequence[int]) -> dict[str, np.ndarray]:
+        """The named rows; row -1 is an empty one.
+
+        Returns `tokens`, `positions` (from 0 in each example, -1 in pads), `segments` (from 1 in each row, 0 in
+        pads) and `targets` (1 where the token is part of a completion), all `[rows, length]` int32.
+        """
+        names = ("tokens", "positions", "segments", "targets")
+        packed = {name: np.zeros((len(rows), self.length), np.int32) for name in names}
+        packed["positions"] -= 1
+        for place, row in enumerate(rows):
+            start = 0
+            for segment, example in enumerate(self.rows[row] if row >= 0 else (), 1):
+                end = start + len(example)
+                packed["tokens"][place, start:end] = example.prompt + example.completion
+                packed["positions"][place, start:end] = np.arange(len(example))
+                packed["segments"][place, start:end] = segment
+                packed["targets"][place, start + len(example.prompt) : end] = 1
+                start = end
+        return packed
+
+
+def best_fit(sizes: Iterable[int], length: int) -> list[list[int]]:
+    """Bins of capacity `length`: each size in turn goes into the fullest bin with room, the oldest of equal ones.
+
+    Returns the numbers of the sizes in each bin. With sizes in decreasing order these are at most 11/9 of the
+    fewest bins and 4 more (Johnson 1973). A bin is found by its free room, so the work grows with the sizes alone.
+    """
+    bins: list[list[int]] = []
+    with_room: list[list[int]] = [[] for _ in range(length + 1)]  # heaps of bins, by free room
+    rooms = 0  # bit r is set where a bin has exactly r places free
+    for number, size in enumerate(sizes):
+        enough = rooms >> size
+        if enough:
+            room = size + (enough & -enough).bit_length() - 1
+            chosen = heapq.heappop(with_room[room])
+            if not with_room[room]:
+                rooms ^= 1 << room
         else:
-            best = len(rows)
-            rows.append([])
-            room.append(length)
-        rows[best].append(example)
-        room[best] -= len(example)
-    packed = {name: np.zeros((len(rows), length), np.int32) for name in ("tokens", "positions", "segments", "targets")}
-    packed["positions"] -= 1
-    for row, members in enumerate(rows):
-        start = 0
-        for segment, example in enumerate(members, 1):
-            end = start + len(example)
-            packed["tokens"][row, start:end] = example.prompt + example.completion
-            packed["positions"][row, start:end] = np.arange(len(example))
-            packed["segments"][row, start:end] = segment
-            packed["targets"][row, start + len(example.prompt) : end] = 1
-            start = end
-    return packed
+            room, chosen = length, len(bins)
+            bins.append([])
+        bins[chosen].append(number)
+        heapq.heappush(with_room[room - size], chosen)
+        rooms |= 1 << (room - size)
+    return bins
+
+
+def pack(examples: Sequence[Example], length: int) -> dict[str, np.ndarray]:
+    """All rows of a `Packing` at once."""
+    packing = Packing(examples, length)
+    return packing.take(range(len(packing)))
 
 
 def right_padded(rows_of_tokens: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -100,6 +152,29 @@ def batch_rows(count: int, batch_size: int, seed: int, step: int) -> np.ndarray:
     order = np.random.default_rng([seed, epoch]).permutation(count)
     rows = order[place * batch_size : (place + 1) * batch_size]
     return np.concatenate([rows, np.full(batch_size - len(rows), -1)]).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows at hand as arrays, by name, with the face of a `Packing`."""
+
+    arrays: dict[str, np.ndarray]
+
+    def __len__(self):
+        return len(self.arrays["tokens"])
+
+    @property
+    def mean_length(self) -> float:
+        """Tokens of a row, on average."""
+        return int((self.arrays["positions"] >= 0).sum()) / len(self)
+
+    def tokens(self, rows: Sequence[int]) -> int:
+        """How many tokens the named rows hold together; row -1 holds none."""
+        return int((self.take(rows)["positions"] >= 0).sum())
+
+    def take(self, rows: Sequence[int]) -> dict[str, np.ndarray]:
+        """The named rows; row -1 is an empty one."""
+        return take_rows(self.arrays, np.asarray(rows))
 
 
 def take_rows(arrays: dict[str, np.ndarray], rows: np.ndarray) -> dict[str, np.ndarray]:

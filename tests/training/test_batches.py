@@ -5,7 +5,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cai_jax.training.batches import Example, batch_rows, pack, right_padded, steps_per_epoch, take_rows
+from cai_jax.training.batches import (
+    Example,
+    Packing,
+    Rows,
+    batch_rows,
+    best_fit,
+    pack,
+    right_padded,
+    steps_per_epoch,
+    take_rows,
+)
 
 EXAMPLES = st.lists(
     st.tuples(st.lists(st.integers(1, 9), min_size=1, max_size=8), st.lists(st.integers(1, 9), min_size=1, max_size=8)),
@@ -40,6 +50,35 @@ def test_packing_wastes_little_and_refuses_what_cannot_fit():
     assert sum(map(len, examples)) / packed["tokens"].size > 0.95
     with pytest.raises(ValueError, match="does not fit"):
         pack([Example((1,) * 200, (2,) * 100)], 256)
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(st.integers(1, 20), max_size=60))
+def test_best_fit_is_the_obvious_search(sizes):
+    bins, room = [], []
+    for number, size in enumerate(sizes):
+        fitting = [i for i, free in enumerate(room) if free >= size]
+        if not fitting:
+            fitting = [len(bins)]
+            bins.append([])
+            room.append(20)
+        best = min(fitting, key=lambda i: room[i])
+        bins[best].append(number)
+        room[best] -= size
+    assert best_fit(sizes, 20) == bins
+
+
+def test_rows_made_when_asked_for_are_those_of_the_whole():
+    rng = np.random.default_rng(0)
+    examples = [Example((1,) * int(n), (2,) * int(n)) for n in rng.integers(1, 30, 40)]
+    packing, whole = Packing(examples, 64), pack(examples, 64)
+    rows = np.array([3, -1, 0, len(packing) - 1])
+    for source in (packing, Rows(whole)):
+        assert len(source) == len(whole["tokens"])
+        assert source.tokens(rows) == int((source.take(rows)["positions"] >= 0).sum())
+        for name, expected in take_rows(whole, rows).items():
+            np.testing.assert_array_equal(source.take(rows)[name], expected)
+    assert packing.efficiency == sum(map(len, examples)) / whole["tokens"].size
 
 
 @pytest.mark.parametrize("count, batch_size", [(10, 4), (8, 4), (3, 4), (1, 1)])
