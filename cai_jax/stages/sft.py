@@ -3,13 +3,10 @@
 from cai_jax.chat import completion_ids, encode_chat, encode_text, turn_end_id
 from cai_jax.errors import UserError
 from cai_jax.objectives.model_losses import sft_objective
-from cai_jax.provenance import MetricsFile
 from cai_jax.sampler import Generate
 from cai_jax.stages.rows import make_rows, messages_of, sample_dict, unfinished, usable_prompts, watch
-from cai_jax.training import loop
-from cai_jax.training.batches import Example, batch_rows, pack, steps_per_epoch, take_rows
-from cai_jax.training.checkpoint import Checkpoints
-from cai_jax.training.step import start_training
+from cai_jax.stages.training import train
+from cai_jax.training.batches import Example, pack
 
 STAGE = "sft"
 
@@ -23,7 +20,9 @@ def run(context, folder) -> dict:
     kept["helpful"] = _examples(context, helpful, counters, skipped)
     examples = kept["revisions"] + kept["helpful"]
     packed = pack(examples, context.config.sft.sequence_length)
-    params, metrics = _train(context, folder, packed)
+    shape = context.config.model
+    objective = sft_objective(context.base.config, shape.compute_dtype, shape.remat)
+    params, metrics = train(context, folder, context.config.sft, objective, context.base.params, packed, _report)
     context.export(folder, context.base, params, "policy")
     return {
         "examples": {name: len(rows) for name, rows in kept.items()},
@@ -98,23 +97,5 @@ def _examples(context, rows, counters, skipped) -> list[Example]:
     return examples
 
 
-def _train(context, folder, packed):
-    settings, model = context.config.sft, context.config.model
-    per_epoch = steps_per_epoch(len(packed["tokens"]), settings.batch_size)
-    total = settings.epochs * per_epoch
-    objective = sft_objective(context.base.config, model.compute_dtype, model.remat)
-    state, step = start_training(
-        objective, context.base.params, settings.optimizer, total, context.mesh, settings.microbatches
-    )
-
-    def advance(state, index):
-        rows = batch_rows(len(packed["tokens"]), settings.batch_size, context.config.seed, index)
-        batch = take_rows(packed, rows)
-        state, metrics = step(state, context.put_rows(batch))
-        metrics["tokens"] = metrics.pop("weight")
-        return state, metrics, int((batch["positions"] >= 0).sum())
-
-    metrics_file = MetricsFile(folder.path / "metrics.jsonl")
-    checkpoints = Checkpoints(folder.path / "checkpoints", settings.checkpoint_every)
-    state = loop.run(state, advance, total, checkpoints, metrics_file, context.progress, STAGE, "step")
-    return state.params, metrics_file.read()
+def _report(metrics) -> dict:
+    return {("tokens" if name == "weight" else name): value for name, value in metrics.items()}
