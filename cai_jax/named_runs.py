@@ -121,8 +121,8 @@ def validate(config: Config) -> None:
     _check_sampling(config)
     _check_lengths(config)
     if config.lora.rank and config.ppo.frozen_dtype:
-        raise UserError(f"ppo.frozen_dtype ({config.ppo.frozen_dtype}) must be empty with lora.rank above 0: policy and "
-                        "reference are one copy then; model.dtype=bfloat16 makes that smaller")
+        raise UserError(f"ppo.frozen_dtype ({config.ppo.frozen_dtype}) must be empty with lora.rank above 0: policy "
+                        "and reference are one copy then; model.dtype=bfloat16 makes that smaller")
 
 
 def _check_fields(node, prefix: str) -> None:

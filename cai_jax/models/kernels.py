@@ -34,7 +34,7 @@ class Int8:
 
 @flax.struct.dataclass
 class Lora:
-    """A kernel that stays as it is, plus an adapter that trains: base + scale a b (Hu et al. 2021, arXiv 2106.09685)."""
+    """A kernel that stays as it is, plus an adapter that trains: base + scale a b (Hu et al., arXiv 2106.09685)."""
 
     base: jax.Array | Int8
     a_IR: jax.Array

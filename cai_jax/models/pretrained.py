@@ -83,8 +83,7 @@ def load_model(source, dtype="float32", kind=None, shardings=None, new_head=Fals
         if leaf in names:
             leaves[leaf] = _stored(partial(checkpoint.read, names[leaf], shapes[leaf]), dtype, target)
     if info.kind != stored:
-        head = _new_head(info.config, seed)
-        leaves["score"] = _stored(lambda dtype, place: jax.device_put(head.astype(dtype), place), dtype, targets["score"])
+        leaves["score"] = _stored(partial(_put, _new_head(info.config, seed)), dtype, targets["score"])
         digest = hashlib.sha256(f"{digest} score head {seed}".encode()).hexdigest()
     return Model(info.config, families.nest(leaves), info.tokenizer, info.hf_config, info.kind, digest)
 
@@ -163,7 +162,7 @@ def _random_model(info: ModelInfo, dtype, shardings, seed: int) -> Model:
     leaves = {}
     for leaf, value in families.flatten(families.random_params(config, kind, seed)).items():
         digest.update(np.asarray(value).tobytes())
-        leaves[leaf] = _stored(lambda dtype, place, x=value: jax.device_put(x.astype(dtype), place), dtype, targets[leaf])
+        leaves[leaf] = _stored(partial(_put, value), dtype, targets[leaf])
     return Model(config, families.nest(leaves), info.tokenizer, hf_config, kind, digest.hexdigest())
 
 
@@ -177,6 +176,10 @@ def _stored(read, dtype, target):
     if isinstance(target, kernels.Int8):
         return jax.block_until_ready(jax.jit(kernels.quantize, out_shardings=target)(read("float32", target.kernel)))
     return read("bfloat16" if dtype == "int8" else dtype, target)
+
+
+def _put(value, dtype, place):
+    return jax.device_put(value.astype(dtype), place)
 
 
 def _targets(config: ModelConfig, kind: str, dtype, shardings) -> dict:

@@ -83,8 +83,9 @@ class Context:
             if self.config.lora.rank:
                 base = self._start_of(folder.stage)
                 save_adapter(folder.path / "adapter", model.config, params, kind, base, metadata)
+            merged = lora.merge(params)
             save_model(
-                folder.path / "model", model.config, lora.merge(params), model.tokenizer, model.hf_config, kind, metadata
+                folder.path / "model", model.config, merged, model.tokenizer, model.hf_config, kind, metadata
             )
             task.advance(1)
 
