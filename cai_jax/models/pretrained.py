@@ -81,9 +81,9 @@ def load_model(source, dtype="float32", kind=None, shardings=None, new_head=Fals
     leaves = {}
     for leaf, target in targets.items():
         if leaf in names:
-            leaves[leaf] = _stored(partial(checkpoint.read, names[leaf], shapes[leaf]), dtype, target)
+            leaves[leaf] = _in_place(partial(checkpoint.read, names[leaf], shapes[leaf]), dtype, target)
     if info.kind != stored:
-        leaves["score"] = _stored(partial(_put, _new_head(info.config, seed)), dtype, targets["score"])
+        leaves["score"] = _in_place(partial(_put, _new_head(info.config, seed)), dtype, targets["score"])
         digest = hashlib.sha256(f"{digest} score head {seed}".encode()).hexdigest()
     return Model(info.config, families.nest(leaves), info.tokenizer, info.hf_config, info.kind, digest)
 
@@ -162,7 +162,7 @@ def _random_model(info: ModelInfo, dtype, shardings, seed: int) -> Model:
     leaves = {}
     for leaf, value in families.flatten(families.random_params(config, kind, seed)).items():
         digest.update(np.asarray(value).tobytes())
-        leaves[leaf] = _stored(partial(_put, value), dtype, targets[leaf])
+        leaves[leaf] = _in_place(partial(_put, value), dtype, targets[leaf])
     return Model(config, families.nest(leaves), info.tokenizer, hf_config, kind, digest.hexdigest())
 
 
@@ -171,7 +171,7 @@ def _new_head(config: ModelConfig, seed: int) -> np.ndarray:
     return rng.standard_normal((config.d_model, 1), np.float32) / math.sqrt(config.d_model + 1)
 
 
-def _stored(read, dtype, target):
+def _in_place(read, dtype, target):
     """A leaf in its place. `read(dtype, place)` brings an array there; what becomes Int8 comes in float32 first."""
     if isinstance(target, kernels.Int8):
         return jax.block_until_ready(jax.jit(kernels.quantize, out_shardings=target)(read("float32", target.kernel)))

@@ -350,6 +350,19 @@ def test_ends_of_text_come_from_both_configs(folder):
     assert load_model(folder.parent / "out").config == model.config
 
 
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("key, value", [("eos_token_id", "x"), ("eos_token_id", [2, "x"]), ("eos_token_id", -1),
+                                        ("bos_token_id", [1]), ("pad_token_id", True)])  # fmt: skip
+def test_ids_that_are_none_are_refused(folder, file, key, value):
+    if file == "generation_config.json" and key != "eos_token_id":
+        return  # not read from there
+    written = json.loads((folder / file).read_text()) | {key: value}
+    (folder / file).write_text(json.dumps(written))
+    with pytest.raises(UserError, match=f"/{file}: '{key}' is .*not a token id") as refused:
+        load_model(folder)
+    assert "\n" not in str(refused.value)
+
+
 def test_random_models():
     a, b, other = load_model("random:llama"), load_model("random:llama"), load_model("random:mistral")
     assert a.hash == b.hash != other.hash
