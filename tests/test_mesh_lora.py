@@ -23,7 +23,7 @@ from cai_jax import config as configs
 from cai_jax.mesh import make_mesh, put_rows, shardings
 from cai_jax.models import lora
 from cai_jax.objectives.model_losses import ppo_objective, sft_objective
-from cai_jax.sampler.weights import _preparation
+from cai_jax.sampler.weights import preparation
 from cai_jax.training.step import join, split, start_training
 from dataclasses import replace
 
@@ -68,10 +68,10 @@ def sampled(params):
     return [sample.tokens for sample in sampler.generate(chats, greedy)]
 out["tokens"], out["merged"], out["base"] = sampled(policy), sampled(lora.merge(policy)), sampled(model.params)
 
-text = _preparation(model.config, "bfloat16", mesh, False).lower(policy).compile().as_text()
+text = preparation(model.config, "bfloat16", mesh, False).lower(policy).compile().as_text()
 out["gathers"] = sorted(set(re.findall(r"= \\(?(\\w+)\\[[^=]*all-gather", text)))
 with jax.transfer_guard("disallow"):
-    _preparation(model.config, "bfloat16", mesh, False)(policy)
+    preparation(model.config, "bfloat16", mesh, False)(policy)
 print(json.dumps(out))
 """
 

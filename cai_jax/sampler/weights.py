@@ -19,11 +19,11 @@ def prepare(config: ModelConfig, params, dtype, mesh=None, int8=False):
     which they stay split (and then unfused, for a fused projection has no common split). With `int8` the projections
     of the layers are stored as int8 with a scale an output.
     """
-    return _preparation(config, dtype, mesh, int8)(params)
+    return preparation(config, dtype, mesh, int8)(params)
 
 
 @cache
-def _preparation(config, dtype, mesh, int8):
+def preparation(config, dtype, mesh, int8):
     """The jitted cast and reshard, compiled once for all versions of a policy."""
     form = partial(decoding_form, config, dtype, mesh, int8)
     if mesh is None:

@@ -350,12 +350,12 @@ def test_ends_of_text_come_from_both_configs(folder):
     assert load_model(folder.parent / "out").config == model.config
 
 
-@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
-@pytest.mark.parametrize("key, value", [("eos_token_id", "x"), ("eos_token_id", [2, "x"]), ("eos_token_id", -1),
-                                        ("bos_token_id", [1]), ("pad_token_id", True)])  # fmt: skip
-def test_ids_that_are_none_are_refused(folder, file, key, value):
-    if file == "generation_config.json" and key != "eos_token_id":
-        return  # not read from there
+@pytest.mark.parametrize("file, key, value", [
+    ("config.json", "eos_token_id", "x"), ("config.json", "eos_token_id", [2, "x"]),
+    ("config.json", "eos_token_id", -1), ("config.json", "bos_token_id", [1]), ("config.json", "pad_token_id", True),
+    ("generation_config.json", "eos_token_id", "x"), ("generation_config.json", "eos_token_id", [2, 1.5]),
+])  # fmt: skip
+def test_what_is_no_token_id_is_refused(folder, file, key, value):
     written = json.loads((folder / file).read_text()) | {key: value}
     (folder / file).write_text(json.dumps(written))
     with pytest.raises(UserError, match=f"/{file}: '{key}' is .*not a token id") as refused:
