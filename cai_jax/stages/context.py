@@ -3,7 +3,7 @@
 import gc
 import importlib
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -36,6 +36,8 @@ PROMPT_SETS = {
 }
 # Copies of the parameters that a training stage puts on disk at worst: two train states and an export.
 DISK_COPIES = {"sft": 7, "reward_model": 7, "ppo": 13}
+# Stages that compute nothing with the model that the run starts from: its memory is theirs.
+WITHOUT_BASE = ("reward_model", "ppo")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "datasets")
 
 
@@ -156,6 +158,7 @@ class Context:
         started, clock = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
         reset_peak_memory()
         self.programs.clear()
+        self._hold_base(stage not in WITHOUT_BASE)
         summary = importlib.import_module(f"cai_jax.stages.{stage}").run(self, folder)
         folder.write_summary(summary)
         seconds = time.monotonic() - clock
@@ -169,6 +172,13 @@ class Context:
         folder.finish(timing)
         gc.collect()
         self.progress.log(f"{stage}: done in {duration(seconds)}")
+
+    def _hold_base(self, wanted: bool) -> None:
+        """Have the params of the model that the run starts from in memory, or not."""
+        if not wanted:
+            self.base = replace(self.base, params=None)
+        elif self.base.params is None:
+            self.base = self.load(self.config.model.source, "policy")
 
     def available(self, stage: str, override: str) -> bool:
         """Whether a model of a stage is there: exported by this run, or named by the config."""
