@@ -70,7 +70,7 @@ class Context:
 
     def adapted(self, params: dict, name: str) -> dict:
         """The params of a model that a stage is to train: with fresh adapters, where the config asks for them."""
-        return lora.add(params, self.config.lora, self.row_seed("lora", name) % 2**32, self.mesh)
+        return lora.add(params, self.config.lora, self.row_seed("lora", name) % 2**31, self.mesh)
 
     def export(self, folder: StageFolder, model: Model, params, kind: str) -> None:
         """Write trained params as the Hugging Face folder `model/` of a stage, with its provenance.
