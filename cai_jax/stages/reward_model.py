@@ -11,9 +11,8 @@ from cai_jax.objectives.model_losses import reward_objective
 from cai_jax.provenance import content_hash
 from cai_jax.stages.preferences import TIE
 from cai_jax.stages.scoring import score_texts
-from cai_jax.training import loop
-from cai_jax.training.batches import Rows, batch_rows, pair_rows, steps_per_epoch
-from cai_jax.training.step import start_training
+from cai_jax.stages.training import train
+from cai_jax.training.batches import Rows, pair_rows
 
 STAGE = "reward_model"
 
@@ -103,29 +102,18 @@ def _train(context, folder, model, pairs, held_out):
         "probability": np.asarray([pair["probability"] for pair in pairs], np.float32),
         "real": np.ones(len(pairs), np.int32),
     })
-    total = settings.epochs * steps_per_epoch(len(pairs), settings.batch_size)
     objective = reward_objective(model.config, shape.compute_dtype, shape.remat, settings.center, TIE)
-    state, step = start_training(
-        objective, model.params, settings.optimizer, total, context.mesh, settings.microbatches
-    )
 
-    def advance(state, index):
-        rows = batch_rows(len(source), settings.batch_size, context.config.seed, index)
-        state, metrics = step(state, context.place_rows(rows, source.take))
-        metrics["pairs"] = metrics.pop("weight")
-        metrics["accuracy"] = metrics["accuracy"] / metrics["decided_share"]  # nan, so null, where all are ties
-        return state, metrics, source.tokens(rows)
+    def quality(params, lines):
+        return -_loss_of(_scores(context, model, params, held_out), held_out)
 
-    def quality(state, lines):
-        return -_loss_of(_scores(context, model, state.params, held_out), held_out)
+    flops = training_flops(model.config, 1, source.mean_length, unembedded=0)
+    return train(context, folder, settings, objective, model.params, source, _report, flops, quality)
 
-    mean_length = source.mean_length
-    metrics_log = context.metrics_log(folder, training_flops(model.config, 1, mean_length, unembedded=0))
-    checkpoints = context.checkpoints(folder, settings.checkpoint_every)
-    state = loop.run(
-        state, advance, total, checkpoints, metrics_log, context.progress, STAGE, "step", context.quality(quality)
-    )
-    return state.params, metrics_log.read()
+
+def _report(metrics) -> dict:
+    metrics = {("pairs" if name == "weight" else name): value for name, value in metrics.items()}
+    return metrics | {"accuracy": metrics["accuracy"] / metrics["decided_share"]}  # nan, so null, where all are ties
 
 
 def held_out_metrics(pairs) -> dict:

@@ -12,9 +12,9 @@ from cai_jax.models.flops import training_flops
 from cai_jax.objectives.model_losses import sft_objective
 from cai_jax.sampler import Generate
 from cai_jax.stages.rows import make_rows, messages_of, sample_dict, unfinished, usable_prompts, watch
-from cai_jax.training import loop
-from cai_jax.training.batches import Example, Packing, batch_rows, steps_per_epoch
-from cai_jax.training.step import start_training
+from cai_jax.stages.training import train
+from cai_jax.training.batches import Example, Packing
+from cai_jax.training.loop import mean_of
 
 STAGE = "sft"
 
@@ -38,7 +38,12 @@ def run(context, folder) -> dict:
     if not len(packing):
         raise UserError(f"sft: no example of {', '.join(kept)} can be used: {counters['empty_completion']} completions "
                         f"are empty and {counters['too_long']} exceed sft.sequence_length: raise that")
-    params, metrics = _train(context, folder, packing)
+    shape = context.config.model
+    objective = sft_objective(context.base.config, shape.compute_dtype, shape.remat)
+    flops, quality = training_flops(context.base.config, 1, packing.mean_length), mean_of("loss", -1)
+    params, metrics = train(
+        context, folder, settings, objective, context.base.params, packing, _report, flops, quality
+    )
     context.export(folder, context.base, params, "policy")
     return {
         "examples": {name: len(examples) for name, examples in kept.items()},
@@ -129,22 +134,5 @@ def _examples(context, rows, counters, skipped) -> list[Example]:
     return examples
 
 
-def _train(context, folder, packing: Packing):
-    settings, model = context.config.sft, context.config.model
-    total = settings.epochs * steps_per_epoch(len(packing), settings.batch_size)
-    objective = sft_objective(context.base.config, model.compute_dtype, model.remat)
-    state, step = start_training(
-        objective, context.base.params, settings.optimizer, total, context.mesh, settings.microbatches
-    )
-
-    def advance(state, index):
-        rows = batch_rows(len(packing), settings.batch_size, context.config.seed, index)
-        state, metrics = step(state, context.place_rows(rows, packing.take))
-        metrics["tokens"] = metrics.pop("weight")
-        return state, metrics, packing.tokens(rows)
-
-    metrics_log = context.metrics_log(folder, training_flops(context.base.config, 1, packing.mean_length))
-    checkpoints = context.checkpoints(folder, settings.checkpoint_every)
-    quality = context.quality(loop.mean_of("loss", -1))
-    state = loop.run(state, advance, total, checkpoints, metrics_log, context.progress, STAGE, "step", quality)
-    return state.params, metrics_log.read()
+def _report(metrics) -> dict:
+    return {("tokens" if name == "weight" else name): value for name, value in metrics.items()}
