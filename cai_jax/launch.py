@@ -3,6 +3,7 @@
     python -m cai_jax.launch --config=NAME [--set a.b=value]... [--stages=sft,ppo] [--run_dir=DIR] [--fresh]
     python -m cai_jax.launch --list
     python -m cai_jax.launch --config=NAME --show
+    python -m cai_jax.launch --config=NAME --plan=v4-32 [--price=3.22] [--plan_json=FILE]
 
 Exit codes: 0 done, 2 a mistake that the user can mend (one line on stderr), 130 interrupted.
 """
@@ -32,6 +33,12 @@ _RUN_DIR = flags.DEFINE_string("run_dir", None, "The run folder; without it, the
 _FRESH = flags.DEFINE_bool("fresh", False, "Throw the earlier work of the selected stages away first.")
 _LIST = flags.DEFINE_bool("list", False, "Print the named runs, one line each.")
 _SHOW = flags.DEFINE_bool("show", False, "Print the resolved config, a field a line.")
+_PLAN = flags.DEFINE_string(
+    "plan", None, "Plan the run on a slice that need not be there (v4-32, v5e-16, h100x8), or on the smallest of a chip "
+    "(v4): bytes, time and cost of every program; nothing is run."
+)  # fmt: skip
+_PLAN_JSON = flags.DEFINE_string("plan_json", None, "With --plan: also write the plan to this file, as JSON.")
+_PRICE = flags.DEFINE_float("price", None, "With --plan: the price of one chip and hour.")
 
 
 def main(argv: list[str]) -> int:
@@ -43,6 +50,11 @@ def main(argv: list[str]) -> int:
         name, config = resolve_config()
         if _SHOW.value:
             print_config(name, config)
+            return 0
+        if _PLAN.value:
+            from cai_jax.plan.command import plan_run
+
+            plan_run(name, config, _PLAN.value, _PLAN_JSON.value, _PRICE.value)
             return 0
         report = run(name, config, _FRESH.value, command=argv)
         print(f"report: {report}")

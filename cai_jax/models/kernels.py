@@ -45,11 +45,15 @@ def dot(x, kernel):
     if isinstance(kernel, Int8):
         return dot(x, jax.tree.map(lambda leaf: leaf.astype(x.dtype), kernel.kernel)) * kernel.scale_O
     if isinstance(kernel, Transposed):
-        few = math.prod(x.shape[:-1]) <= FEW_ROWS and jax.default_backend() == "cpu"
-        if few:
-            return _feature_major(x, kernel.kernel_OI)
-        return _product(x, kernel.kernel_OI, (((x.ndim - 1,), (1,)), ((), ())))
+        if math.prod(x.shape[:-1]) > FEW_ROWS:
+            return _rows_major(x, kernel.kernel_OI)
+        # Decided when the program is lowered: a CPU may compile for chips that are elsewhere.
+        return jax.lax.platform_dependent(x, kernel.kernel_OI, cpu=_feature_major, default=_rows_major)
     return _product(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+
+
+def _rows_major(x, kernel_OI):
+    return _product(x, kernel_OI, (((x.ndim - 1,), (1,)), ((), ())))
 
 
 def _feature_major(x, kernel_OI):

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from cai_jax.mesh import ROWS
+from cai_jax.mesh import ROWS, platform_of
 from cai_jax.models.families import ModelConfig
 
 BLOCK = 128
@@ -93,8 +93,7 @@ def empty_cache(config: ModelConfig, rows: int, length: int, prefix: int, dtype,
 
 def new_cache(config: ModelConfig, rows: int, length: int, prefix: int, dtype, mesh=None) -> Cache:
     """An empty cache where it belongs on the mesh."""
-    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-    make = partial(empty_cache, config, rows, length, prefix, dtype, platform)
+    make = partial(empty_cache, config, rows, length, prefix, dtype, platform_of(mesh))
     return jax.jit(make, out_shardings=None if mesh is None else cache_shardings(config, mesh, jax.eval_shape(make)))()
 
 

@@ -5,7 +5,7 @@ from functools import cache, partial
 import jax
 import jax.numpy as jnp
 
-from cai_jax.mesh import decoding_shardings
+from cai_jax.mesh import decoding_shardings, platform_of
 from cai_jax.models import kernels
 from cai_jax.models.families import ModelConfig, param_shapes
 
@@ -19,22 +19,21 @@ def prepare(config: ModelConfig, params, dtype, mesh=None, int8=False):
     which they stay split (and then unfused, for a fused projection has no common split). With `int8` the projections
     of the layers are stored as int8 with a scale an output.
     """
-    return _preparation(config, dtype, mesh, int8)(params)
+    return preparation(config, dtype, mesh, int8)(params)
 
 
 @cache
-def _preparation(config, dtype, mesh, int8):
+def preparation(config, dtype, mesh, int8):
     """The jitted cast and reshard, compiled once for all versions of a policy."""
-    form = partial(decoding_form, config, dtype, mesh, int8)
+    form = partial(decoding_form, config, dtype, mesh, platform_of(mesh), int8)
     if mesh is None:
         return jax.jit(form)
     return jax.jit(form, out_shardings=decoding_shardings(mesh, jax.eval_shape(form, param_shapes(config, "policy"))))
 
 
-def decoding_form(config: ModelConfig, dtype, mesh, int8, params):
+def decoding_form(config: ModelConfig, dtype, mesh, platform: str, int8, params):
     """What `prepare` makes of params, without a jit and a place."""
     fuse = mesh is None or mesh.shape["tensor"] == 1
-    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
     params = kernels.cast(params, dtype)
     stacked = dict(params["layers"])
     if fuse:

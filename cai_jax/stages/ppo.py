@@ -53,6 +53,7 @@ def run(context, folder) -> dict:
     longest = max(len(encode_chat(reference.tokenizer, messages_of(prompt))) for prompt in prompts)
     frozen = Frozen(reference, reward, prompts, -(-longest // 32) * 32)
     bias = _reward_bias(context, folder, sampler, frozen)
+    del sampler  # its weights and cache: each update makes its own
     params, metrics = _train(context, folder, frozen, bias)
     context.export(folder, reference, params["policy"], "policy")
     return {
@@ -68,15 +69,11 @@ def run(context, folder) -> dict:
 
 
 def _train(context, folder, frozen: Frozen, bias: float):
-    settings, shape = context.config.ppo, context.config.model
+    settings = context.config.ppo
     params = {"policy": frozen.reference.params, "value": frozen.reward.params}
     total = settings.updates * settings.epochs * settings.minibatches
-    objective = ppo_objective(
-        frozen.reference.config, frozen.reward.config, shape.compute_dtype, shape.remat,
-        temperature=settings.response.temperature, clip=settings.clip, value_clip=settings.value_clip,
-        value_coef=settings.value_coef, value_offset=bias,
-    )  # fmt: skip
-    state, step = start_training(objective, params, settings.optimizer, total, context.mesh, settings.microbatches)
+    loss = objective(context.config, frozen.reference.config, frozen.reward.config, bias)
+    state, step = start_training(loss, params, settings.optimizer, total, context.mesh, settings.microbatches)
 
     def advance(state, update):
         policy = Model(
@@ -96,6 +93,15 @@ def _train(context, folder, frozen: Frozen, bias: float):
     checkpoints = Checkpoints(folder.path / "checkpoints", settings.checkpoint_every)
     state = loop.run(state, advance, settings.updates, checkpoints, metrics_file, context.progress, STAGE, "update")
     return state.params, metrics_file.read()
+
+
+def objective(config, policy, value, bias: float):
+    """What the train step minimises, for a run's `Config` and the ModelConfigs of policy and value model."""
+    settings, shape = config.ppo, config.model
+    return ppo_objective(
+        policy, value, shape.compute_dtype, shape.remat, temperature=settings.response.temperature, clip=settings.clip,
+        value_clip=settings.value_clip, value_coef=settings.value_coef, value_offset=bias,
+    )  # fmt: skip
 
 
 def draw_prompts(context, prompts, count: int, draw: str):
@@ -171,6 +177,12 @@ def _score(config, reward_config, reference, value, reward, part, temperature, d
     values_BN = completion_values(reward_config, value, *arrays, dtype)
     scores_BT = values(reward_config, cast(reward, dtype), part["tokens"], part["positions"])
     return ref_logprobs_BN, values_BN, last_real(scores_BT, part["positions"])
+
+
+def lower_score(config, policy, value, reference, reward, part):
+    """The scoring program of a run's `Config`, lowered from shapes in the place of params and rollouts."""
+    temperature, dtype = config.ppo.response.temperature, config.model.compute_dtype
+    return _score.lower(policy, value, reference, reward, reward, part, temperature, dtype)
 
 
 @partial(jax.jit, static_argnames=("estimator", "whiten"))

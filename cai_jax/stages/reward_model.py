@@ -82,8 +82,14 @@ def split_by_prompt(pairs, share: float):
     return [p for p in pairs if p["prompt_id"] not in held], [p for p in pairs if p["prompt_id"] in held]
 
 
+def objective(config, model):
+    """What the train step minimises, for a run's `Config` and a ModelConfig."""
+    shape = config.model
+    return reward_objective(model, shape.compute_dtype, shape.remat, config.reward_model.center, TIE)
+
+
 def _train(context, folder, model, pairs):
-    settings, shape = context.config.reward_model, context.config.model
+    settings = context.config.reward_model
     longest = max(sum(map(len, pair["tokens"])) for pair in pairs)
     length = min(settings.max_length, -(-longest // 32) * 32)
     arrays = {
@@ -92,10 +98,8 @@ def _train(context, folder, model, pairs):
         "real": np.ones(len(pairs), np.int32),
     }
     total = settings.epochs * steps_per_epoch(len(pairs), settings.batch_size)
-    objective = reward_objective(model.config, shape.compute_dtype, shape.remat, settings.center, TIE)
-    state, step = start_training(
-        objective, model.params, settings.optimizer, total, context.mesh, settings.microbatches
-    )
+    loss = objective(context.config, model.config)
+    state, step = start_training(loss, model.params, settings.optimizer, total, context.mesh, settings.microbatches)
 
     def advance(state, index):
         batch = take_rows(arrays, batch_rows(len(pairs), settings.batch_size, context.config.seed, index))

@@ -98,13 +98,18 @@ def _examples(context, rows, counters, skipped) -> list[Example]:
     return examples
 
 
+def objective(config, model):
+    """What the train step minimises, for a run's `Config` and a ModelConfig."""
+    return sft_objective(model, config.model.compute_dtype, config.model.remat)
+
+
 def _train(context, folder, packed):
-    settings, model = context.config.sft, context.config.model
+    settings = context.config.sft
     per_epoch = steps_per_epoch(len(packed["tokens"]), settings.batch_size)
     total = settings.epochs * per_epoch
-    objective = sft_objective(context.base.config, model.compute_dtype, model.remat)
+    loss = objective(context.config, context.base.config)
     state, step = start_training(
-        objective, context.base.params, settings.optimizer, total, context.mesh, settings.microbatches
+        loss, context.base.params, settings.optimizer, total, context.mesh, settings.microbatches
     )
 
     def advance(state, index):
