@@ -34,9 +34,11 @@ _FRESH = flags.DEFINE_bool("fresh", False, "Throw the earlier work of the select
 _LIST = flags.DEFINE_bool("list", False, "Print the named runs, one line each.")
 _SHOW = flags.DEFINE_bool("show", False, "Print the resolved config, a field a line.")
 _PLAN = flags.DEFINE_string(
-    "plan", None, "Plan the run on a slice that need not be there (v4-32, v5e-16, h100x8), or on the smallest of a chip "
-    "(v4): bytes, time and cost of every program; nothing is run."
-)  # fmt: skip
+    "plan",
+    None,
+    "Plan the run on a slice that need not be there (v4-32, v5e-16, h100x8), or on the smallest one of a chip (v4): "
+    "bytes, time and cost of every program; nothing is run.",
+)
 _PLAN_JSON = flags.DEFINE_string("plan_json", None, "With --plan: also write the plan to this file, as JSON.")
 _PRICE = flags.DEFINE_float("price", None, "With --plan: the price of one chip and hour.")
 

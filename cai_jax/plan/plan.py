@@ -71,8 +71,8 @@ class Plan:
 
     def shares(self, stage: str = "") -> dict[str, float]:
         """Parts of the time that generation, scoring and training take."""
-        whole = self.seconds(stage)
-        return {share: self.seconds(stage, share) / whole if whole else 0.0 for share in (GENERATION, SCORING, TRAINING)}
+        whole = max(self.seconds(stage), 1e-12)
+        return {share: self.seconds(stage, share) / whole for share in (GENERATION, SCORING, TRAINING)}
 
 
 def make_plan(config: Config, piece: Slice, measurer: Measurer) -> Plan:

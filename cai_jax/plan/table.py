@@ -14,10 +14,10 @@ def as_text(name: str, plan: Plan, price: float | None) -> str:
     piece, chip = plan.piece, plan.piece.chip
     mesh = " ".join(f"{axis}={size}" for axis, size in plan.mesh.items())
     rows = [_HEADER, *(_cells(line, chip.usable) for line in plan.lines)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADER))]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     aligned = [
-        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
-        for row in rows
+        "  ".join([first.ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(rest, widths[1:], strict=True))])
+        for first, *rest in rows
     ]
     return "\n".join([
         f"{name} on {piece.name}: {piece.chips} chips, {chip.usable / GIB:.1f} of {chip.memory / GIB:.1f} GiB a chip "
@@ -47,7 +47,8 @@ def as_json(name: str, plan: Plan, price: float | None, change) -> dict:
                    plan.models.items()},
         "programs": [_line(line, chip.usable) for line in plan.lines],
         "stages": {
-            stage: {"hours_at_peak": plan.seconds(stage) / 3600, "shares": plan.shares(stage)} for stage in _stages(plan)
+            stage: {"hours_at_peak": plan.seconds(stage) / 3600, "shares": plan.shares(stage)}
+            for stage in _stages(plan)
         },
         "total": {
             "hours_at_peak": plan.seconds() / 3600,
@@ -133,8 +134,8 @@ def _sources(plan: Plan) -> list[str]:
         "all bytes are arithmetic (marked ~ where they are a model of what XLA holds): no compiler for this chip here"
     )  # fmt: skip
     return [
-        f"whose numbers: {whose}; beside (what the stage holds while the program runs), FLOPs and times are arithmetic. "
-        "Nothing was run.",
+        f"whose numbers: {whose}; beside (what the stage holds while the program runs), FLOPs and times are "
+        "arithmetic. Nothing was run.",
         *(f"assumed: {assumption}" for assumption in plan.assumptions),
     ]
 
