@@ -16,7 +16,7 @@ from cai_jax.objectives.logprobs import token_logprobs
 from cai_jax.sampler.abstract import SamplerShape, strips_of_shard
 from cai_jax.sampler.cache import BLOCK, STRIP, blocks_of, cache_bytes
 
-SLAB = token_logprobs.__kwdefaults__["chunk"]  # tokens, on all devices, whose logits exist at once
+SLAB = token_logprobs.__kwdefaults__["chunk"]  # tokens whose logits exist at once
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def training_work(config: ModelConfig, mesh, batch: Batch, microbatches: int, re
     weights, chips = count * itemsize / mesh.shape["tensor"], mesh.size
     passes = 3 + recompute
     memory = 32 * count / chips + microbatches * passes * weights + own * passes * _layer_bytes(config, mesh)
-    gradients = _gathered(mesh, 4 * count / mesh.shape["tensor"]) + _gathered(mesh, 8 * count / chips, axis="data")
+    gradients = _gathered(mesh, 4 * count / mesh.shape["tensor"]) + _summed_over_data(mesh, 4 * count / chips)
     link = microbatches * (2 * _gathered(mesh, weights) + gradients)
     return Work(flops, memory, link + _exchanged(config, mesh, own, passes=2 + recompute))
 
@@ -150,6 +150,11 @@ def _gathered(mesh, full: float, axis: str = "fsdp") -> float:
     return full * (1 - 1 / mesh.shape[axis])
 
 
+def _summed_over_data(mesh, split: float) -> float:
+    """Bytes a chip sends to sum gradients of `split` bytes on all chips together over the data axis."""
+    return 2 * (mesh.shape["data"] - 1) * split
+
+
 def _exchanged(config: ModelConfig, mesh, tokens: float, passes: int) -> float:
     """Bytes a chip sends to sum activations over the tensor axis: two sums a layer and pass, float32."""
     tensor = mesh.shape["tensor"]
@@ -175,7 +180,7 @@ def _layer_peak(config: ModelConfig, mesh, batch: Batch, tokens: float) -> float
 
 def _slab(config: ModelConfig, mesh) -> float:
     """Logits of one slab, a few copies, and the unembedding gathered."""
-    logits = 3 * SLAB / _ways(mesh) * config.vocab_size * 4
+    logits = 3 * SLAB * config.vocab_size * 4
     return (logits + config.vocab_size * config.d_model * 4) / mesh.shape["tensor"]
 
 
