@@ -57,16 +57,18 @@ def forward_work(config: ModelConfig, mesh, batch: Batch, itemsize: int) -> Work
     return Work(flops, memory, _gathered(mesh, weights) + _exchanged(config, mesh, own, passes=1))
 
 
-def training_work(config: ModelConfig, mesh, batch: Batch, microbatches: int, remat: str, itemsize: int) -> Work:
-    """One optimizer step of a model: forward, backward, gradients summed over the mesh, Adam in float32."""
+def training_work(
+    config: ModelConfig, mesh, batch: Batch, microbatches: int, remat: str, itemsize: int, trained: int
+) -> Work:
+    """One optimizer step of a model of which `trained` parameters train: forward, backward, gradients summed over the
+    mesh, Adam in float32."""
     tokens, own, recompute = batch.rows * batch.length, _tokens_of_shard(mesh, batch), remat == "full"
-    unembedded = batch.rows * (batch.unembedded or 0)
-    flops = training_flops(config, tokens, batch.length, unembedded, recompute)
-    count = parameters(config)
-    weights, chips = count * itemsize / mesh.shape["tensor"], mesh.size
-    passes = 3 + recompute
-    memory = 32 * count / chips + microbatches * passes * weights + own * passes * _layer_bytes(config, mesh)
-    gradients = _gathered(mesh, 4 * count / mesh.shape["tensor"]) + _summed_over_data(mesh, 4 * count / chips)
+    unembedded, frozen = batch.rows * (batch.unembedded or 0), trained < parameters(config) // 2
+    flops = training_flops(config, tokens, batch.length, unembedded, recompute, frozen)
+    weights = parameters(config) * itemsize / mesh.shape["tensor"]
+    passes = 3 + recompute - frozen
+    memory = 32 * trained / mesh.size + microbatches * passes * weights + own * passes * _layer_bytes(config, mesh)
+    gradients = _gathered(mesh, 4 * trained / mesh.shape["tensor"]) + _summed_over_data(mesh, 4 * trained / mesh.size)
     link = microbatches * (2 * _gathered(mesh, weights) + gradients)
     return Work(flops, memory, link + _exchanged(config, mesh, own, passes=2 + recompute))
 
@@ -109,15 +111,15 @@ def pass_temporaries(config: ModelConfig, mesh, batch: Batch, itemsize: int) -> 
 
 
 def training_temporaries(
-    config: ModelConfig, mesh, batch: Batch, microbatches: int, remat: str, itemsize: int
+    config: ModelConfig, mesh, batch: Batch, microbatches: int, remat: str, itemsize: int, trained: int
 ) -> float:
     """What a train step holds a chip: cast weights, gradients in float32, kept residuals, one layer, a slab."""
     own = _tokens_of_shard(mesh, batch) / microbatches
-    count = parameters(config) / mesh.size
     kept = own * (4 * config.n_layers * config.d_model if remat == "full" else _layer_bytes(config, mesh))
-    gradients = 4 * count * (2 if microbatches > 1 else 1)
+    cast_weights = itemsize * parameters(config) / mesh.size
+    gradients = 4 * trained / mesh.size * (2 if microbatches > 1 else 1)
     layer = 3 * _layer_weights(config, mesh, itemsize) + 2 * _layer_peak(config, mesh, batch, own)
-    return itemsize * count + gradients + kept + layer + 2 * _slab(config, mesh)
+    return cast_weights + gradients + kept + layer + 2 * _slab(config, mesh)
 
 
 def sampler_temporaries(shape: SamplerShape, mesh, tokens: int) -> float:

@@ -32,7 +32,7 @@ class Line:
     @property
     def total(self) -> int:
         """Bytes a chip while the program runs, with what the stage holds beside it."""
-        return self.program.resident + self.memory.total
+        return self.program.resident - self.program.shared + self.memory.total
 
     @property
     def run_seconds(self) -> float:

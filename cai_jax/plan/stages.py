@@ -2,6 +2,7 @@
 
 from math import ceil
 
+from cai_jax.models.flops import parameters
 from cai_jax.plan import arithmetic
 from cai_jax.plan.arithmetic import Batch, Work
 from cai_jax.plan.programs import SCORING, TRAINING, Program, Run, float32, int32, size
@@ -126,7 +127,7 @@ def _score(run: Run, policy, value, reference, reward, prompt: int, beside: int,
     key = run.key("ppo score", policy, value, rows, length, answer, run.config.model)
     return Program(
         "ppo", "score rollouts", SCORING, key,
-        lambda: ppo.lower_score(run.config, policy, value, reference, reward, part), arguments, 0,
+        lambda: ppo.lower_score(run.config, policy, value, reference, reward, reward, part), arguments, 0,
         sum(arithmetic.pass_temporaries(model, run.mesh, batch, run.itemsize) for model, batch in passes),
         beside - size(reward),
         sum((arithmetic.forward_work(model, run.mesh, batch, run.itemsize) for model, batch in passes), Work()),
@@ -171,14 +172,11 @@ def _training(run: Run, stage, objective, params, settings, steps, batch, reside
     state, step = run.train_step(objective, params, settings.optimizer, steps, microbatches)
     shapes = tuple((name, leaf.shape, str(leaf.dtype)) for name, leaf in batch.items())
     key = run.key(f"{stage} train step", tuple(config for config, _ in passes), shapes, microbatches, model)
-    work = [
-        arithmetic.training_work(config, run.mesh, whole, microbatches, model.remat, run.itemsize)
-        for config, whole in passes
+    sizes = [
+        (config, run.mesh, whole, microbatches, model.remat, run.itemsize, parameters(config)) for config, whole in passes
     ]
-    temporaries = [
-        arithmetic.training_temporaries(config, run.mesh, whole, microbatches, model.remat, run.itemsize)
-        for config, whole in passes
-    ]
+    work = [arithmetic.training_work(*each) for each in sizes]
+    temporaries = [arithmetic.training_temporaries(*each) for each in sizes]
     return Program(
         stage, "train step", TRAINING, key, lambda: step.lower(state, batch), size(state, batch), 0, sum(temporaries),
         resident, sum(work, Work()), steps, passes[0][1].rows * passes[0][1].length,

@@ -179,10 +179,10 @@ def _score(config, reward_config, reference, value, reward, part, temperature, d
     return ref_logprobs_BN, values_BN, last_real(scores_BT, part["positions"])
 
 
-def lower_score(config, policy, value, reference, reward, part):
+def lower_score(config, policy, scorer, reference, value, reward, part):
     """The scoring program of a run's `Config`, lowered from shapes in the place of params and rollouts."""
     temperature, dtype = config.ppo.response.temperature, config.model.compute_dtype
-    return _score.lower(policy, value, reference, reward, reward, part, temperature, dtype)
+    return _score.lower(policy, scorer, reference, value, reward, part, temperature, dtype)
 
 
 @partial(jax.jit, static_argnames=("estimator", "whiten"))
