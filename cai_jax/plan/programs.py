@@ -31,8 +31,8 @@ class Program:
     """One compiled program of a stage. Bytes are those of one chip.
 
     `key` is the same for programs that compile to the same thing. `resident` is what the stage holds while the
-    program runs and does not pass to it; `shared` are arguments that are passed twice and held once. `temporaries` and `outputs` (those that take no argument's place) are
-    arithmetic, until a compiler has said better.
+    program runs and does not pass to it; `shared` are arguments that are passed twice and held once. `temporaries`
+    and `outputs` (those that take no argument's place) are arithmetic, until a compiler has said better.
     """
 
     stage: str

@@ -173,7 +173,8 @@ def _training(run: Run, stage, objective, params, settings, steps, batch, reside
     shapes = tuple((name, leaf.shape, str(leaf.dtype)) for name, leaf in batch.items())
     key = run.key(f"{stage} train step", tuple(config for config, _ in passes), shapes, microbatches, model)
     sizes = [
-        (config, run.mesh, whole, microbatches, model.remat, run.itemsize, parameters(config)) for config, whole in passes
+        (config, run.mesh, whole, microbatches, model.remat, run.itemsize, parameters(config))
+        for config, whole in passes
     ]
     work = [arithmetic.training_work(*each) for each in sizes]
     temporaries = [arithmetic.training_temporaries(*each) for each in sizes]
