@@ -11,17 +11,18 @@ from math import ceil
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import NamedSharding
 
 from cai_jax.accelerators import Slice
-from cai_jax.config import Config, Optimizer
+from cai_jax.config import Config
 from cai_jax.mesh import ROWS, bytes_on_a_device, placed, shardings
 from cai_jax.models.families import ModelConfig, param_shapes
 from cai_jax.plan.arithmetic import Work
 from cai_jax.plan.workload import Workload
 from cai_jax.sampler.abstract import SamplerShape
 from cai_jax.sampler.cache import BLOCK
-from cai_jax.training.step import TrainState, make_optimizer, make_schedule, make_train_step
+from cai_jax.training.step import TrainState
 
 GENERATION, SCORING, TRAINING = "generation", "scoring", "training"
 
@@ -79,13 +80,10 @@ class Run:
         by_row = NamedSharding(self.mesh, ROWS)
         return {name: jax.ShapeDtypeStruct(*shape, sharding=by_row) for name, shape in arrays.items()}
 
-    def train_step(self, objective, params, optimizer_config: Optimizer, steps: int, microbatches: int):
-        """The abstract state of a training, and the jitted step."""
-        schedule = make_schedule(optimizer_config, max(1, steps))
-        optimizer = make_optimizer(optimizer_config, schedule)
+    def train_state(self, params, optimizer: optax.GradientTransformation) -> TrainState:
+        """The state of a training, as shapes in their places."""
         state = jax.eval_shape(lambda params: TrainState(params, optimizer.init(params), jnp.int32(0)), params)
-        state = placed(state, shardings(self.mesh, state))
-        return state, make_train_step(objective, optimizer, schedule, self.mesh, state, microbatches)
+        return placed(state, shardings(self.mesh, state))
 
     @cached_property
     def prefix(self) -> int:

@@ -9,6 +9,7 @@ from cai_jax.plan.programs import SCORING, TRAINING, Program, Run, float32, int3
 from cai_jax.plan.sampling import Load, sampler_bytes, sampler_programs
 from cai_jax.sampler.engine import bucket
 from cai_jax.stages import ppo, reward_model, scoring, sft
+from cai_jax.training.step import make_optimizer, make_schedule, make_train_step
 
 
 def programs_of(run: Run) -> list[Program]:
@@ -169,7 +170,9 @@ def _rewards(run: Run, stage: str, model, length: int, resident: int, texts: int
 def _training(run: Run, stage, objective, params, settings, steps, batch, resident, passes) -> Program:
     """A train step. `passes`: models that it trains, each with the batch that goes through it."""
     model, microbatches = run.config.model, settings.microbatches
-    state, step = run.train_step(objective, params, settings.optimizer, steps, microbatches)
+    schedule = make_schedule(settings.optimizer, max(1, steps))
+    optimizer = make_optimizer(settings.optimizer, schedule)
+    state = run.train_state(params, optimizer)
     shapes = tuple((name, leaf.shape, str(leaf.dtype)) for name, leaf in batch.items())
     key = run.key(f"{stage} train step", tuple(config for config, _ in passes), shapes, microbatches, model)
     sizes = [
@@ -178,9 +181,13 @@ def _training(run: Run, stage, objective, params, settings, steps, batch, reside
     ]
     work = [arithmetic.training_work(*each) for each in sizes]
     temporaries = [arithmetic.training_temporaries(*each) for each in sizes]
+
+    def lower():
+        return make_train_step(objective, optimizer, schedule, run.mesh, state, microbatches).lower(state, batch)
+
     return Program(
-        stage, "train step", TRAINING, key, lambda: step.lower(state, batch), size(state, batch), 0, sum(temporaries),
-        resident, sum(work, Work()), steps, passes[0][1].rows * passes[0][1].length,
+        stage, "train step", TRAINING, key, lower, size(state, batch), 0, sum(temporaries), resident,
+        sum(work, Work()), steps, passes[0][1].rows * passes[0][1].length,
     )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from functools import cache
 
 from cai_jax.accelerators import Slice
 from cai_jax.errors import UserError
@@ -36,6 +37,7 @@ def planned_mesh(config, piece: Slice):
     return make_mesh(config, _devices(piece))
 
 
+@cache
 def _devices(piece: Slice) -> list:
     from jax.experimental import topologies
 

@@ -4,7 +4,7 @@
 """
 
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,7 @@ class SamplerShape:
     chunk: int = 32
 
 
+@cache
 def abstract_weights(shape: SamplerShape, mesh, platform: str) -> dict:
     """The decoding weights, as shapes in their places."""
     form = partial(decoding_form, shape.config, shape.dtype, mesh, platform, shape.int8_weights)
@@ -43,12 +44,13 @@ def abstract_weights(shape: SamplerShape, mesh, platform: str) -> dict:
     return placed(weights, decoding_shardings(mesh, weights))
 
 
+@cache
 def abstract_cache(shape: SamplerShape, mesh, platform: str) -> Cache:
     """The key/value cache, as shapes in their places."""
     dtype = "int8" if shape.int8_cache else shape.dtype
     make = partial(empty_cache, shape.config, shape.rows, shape.length, shape.prefix, dtype, platform)
-    cache = jax.eval_shape(make)
-    return placed(cache, cache_shardings(shape.config, mesh, cache))
+    shapes = jax.eval_shape(make)
+    return placed(shapes, cache_shardings(shape.config, mesh, shapes))
 
 
 def lower_prepare(shape: SamplerShape, mesh, params):

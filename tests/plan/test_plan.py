@@ -82,21 +82,27 @@ def small_chip(gibibytes: float) -> Slice:
     return Slice("h100x8", chip, 8)
 
 
-@pytest.mark.parametrize("share", [0.97, 0.9, 0.8])
-def test_a_refusal_names_a_change_that_fits(ppo, plan, share):
-    largest = max(line.total for line in plan.lines)
+@pytest.fixture(scope="module")
+def tiny(ppo):
+    """PPO of a tiny model in the shape of ppo_7b."""
+    return dataclasses.replace(ppo, model=dataclasses.replace(ppo.model, source="random:llama"))
+
+
+@pytest.mark.parametrize("share", [0.97, 0.8, 0.6])
+def test_a_refusal_names_a_change_that_fits(tiny, share):
+    largest = max(line.total for line in make_plan(tiny, H100, ARITHMETIC).lines)
     piece = small_chip(largest * share / GIB * 16 / 15)
-    refused = make_plan(ppo, piece, ARITHMETIC)
+    refused = make_plan(tiny, piece, ARITHMETIC)
     assert refused.too_large
     found = find_change(refused, ARITHMETIC)
     message = refusal(refused, found)
     assert re.search(r"needs \d+\.\d\d GiB a chip and \d+\.\d\d GiB are there: .*--set .* fits", message)
     settings = re.findall(r"--set (\S+)", message)
-    assert not make_plan(apply_overrides(ppo, settings), piece, ARITHMETIC).too_large
+    assert not make_plan(apply_overrides(tiny, settings), piece, ARITHMETIC).too_large
 
 
-def test_nothing_helps_a_chip_of_a_mebibyte(ppo):
-    refused = make_plan(ppo, small_chip(0.001), ARITHMETIC)
+def test_nothing_helps_a_chip_of_a_kibibyte(tiny):
+    refused = make_plan(tiny, small_chip(1e-6), ARITHMETIC)
     assert "no change that was tried fits" in refusal(refused, find_change(refused, ARITHMETIC))
 
 
