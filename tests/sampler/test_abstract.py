@@ -7,6 +7,7 @@ import pytest
 from cai_jax import Sampler, Sampling, load_model
 from cai_jax.config import Mesh
 from cai_jax.mesh import bytes_on_a_device, make_mesh
+from cai_jax.models.families import param_shapes
 from cai_jax.sampler import abstract, decode
 
 
@@ -65,7 +66,7 @@ def test_bytes_are_those_of_the_sampler(run):
 
 def test_all_four_programs_lower(run):
     _, shape, mesh, _ = run
-    params = jax.eval_shape(lambda: load_model("random:llama").params)
+    params = param_shapes(shape.config, "policy")
     for lowered in (
         abstract.lower_prepare(shape, mesh, params), abstract.lower_prefill(shape, mesh),
         abstract.lower_decode(shape, mesh), abstract.lower_share(shape, mesh),
