@@ -1,5 +1,6 @@
 """The nearest change to a config with which all its programs fit: tried in an order, shown by the same measure."""
 
+import sys
 from collections.abc import Callable, Iterator
 
 from cai_jax.accelerators import Slice, slices_of
@@ -9,30 +10,39 @@ from cai_jax.errors import UserError
 Change = tuple[tuple[str, ...], Slice]  # settings to make, and the slice to take
 
 
-def candidates(config: Config, piece: Slice) -> Iterator[Change]:
-    """Changes from small to large: settings that cost time or precision first, then pairs of them, then more chips."""
+def candidates(config: Config, piece: Slice, helps: Callable[[tuple[str, ...]], bool]) -> Iterator[Change]:
+    """Changes from small to large: settings that cost time or precision first, then pairs of those that help at all,
+    then more chips."""
     singles = list(_settings(config))
     for settings in singles:
         yield settings, piece
-    for i, first in enumerate(singles):
-        for second in singles[i + 1 :]:
+    useful = [settings for settings in singles if helps(settings)]
+    for i, first in enumerate(useful):
+        for second in useful[i + 1 :]:
             if not {name_of(s) for s in first} & {name_of(s) for s in second}:
                 yield (*first, *second), piece
     for larger in slices_of(piece.chip):
         if larger.chips > piece.chips:
             yield (), larger
-            for settings in singles:
-                yield settings, larger
 
 
-def nearest(config: Config, piece: Slice, fits: Callable[[Config, Slice], bool]) -> Change | None:
-    """The first candidate that fits, None where none does. A candidate that is no valid run is passed over."""
-    for settings, larger in candidates(config, piece):
+def nearest(config: Config, piece: Slice, largest: Callable[[Config, Slice], int], fits) -> Change | None:
+    """The first candidate that fits, None where none does. A candidate that is no valid run is passed over.
+
+    `largest(config, slice)` are the bytes of the program that needs most, at a guess; `fits(config, slice)` is asked
+    where that is within the chip's memory.
+    """
+
+    def guess(settings, where) -> int:
         try:
-            if fits(apply_overrides(config, settings), larger):
-                return settings, larger
+            return largest(apply_overrides(config, settings), where)
         except UserError:
-            continue
+            return sys.maxsize
+
+    now = guess((), piece)
+    for settings, where in candidates(config, piece, lambda settings: guess(settings, piece) < now):
+        if guess(settings, where) <= where.chip.usable and fits(apply_overrides(config, settings), where):
+            return settings, where
     return None
 
 

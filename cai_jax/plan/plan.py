@@ -93,16 +93,17 @@ def find_change(plan: Plan, measurer: Measurer) -> tuple[mend.Change, Plan] | No
     }
     found = None
 
+    def largest(config: Config, piece: Slice) -> int:
+        validate(config)
+        guessed = _plan(*_run(config, piece), lambda program: measurer.guess(program, scales))
+        return max(line.total for line in guessed.lines)
+
     def fits(config: Config, piece: Slice) -> bool:
         nonlocal found
-        validate(config)
-        run, models = _run(config, piece)
-        if _plan(run, models, lambda program: measurer.guess(program, scales)).too_large:
-            return False
-        found = _plan(run, models, measurer.of)
+        found = _plan(*_run(config, piece), measurer.of)
         return not found.too_large
 
-    change = mend.nearest(plan.config, plan.piece, fits)
+    change = mend.nearest(plan.config, plan.piece, largest, fits)
     return change and (change, found)
 
 
