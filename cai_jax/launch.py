@@ -4,6 +4,7 @@
     python -m cai_jax.launch --list
     python -m cai_jax.launch --config=NAME --show
     python -m cai_jax.launch --config=NAME --coordinator=HOST:PORT --processes=N --process=I
+    python -m cai_jax.launch --config=NAME --plan=v4-32 [--price=3.22] [--plan_json=FILE]
 
 On TPU hosts and under SLURM or Open MPI the processes of a run find each other; elsewhere each is told its place by the
 last three flags or by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
@@ -45,6 +46,14 @@ _SHOW = flags.DEFINE_bool("show", False, "Print the resolved config, a field a l
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "With several processes: HOST:PORT of the first of them.")
 _PROCESSES = flags.DEFINE_integer("processes", None, "With several processes: how many.")
 _PROCESS = flags.DEFINE_integer("process", None, "With several processes: the number of this one, from 0.")
+_PLAN = flags.DEFINE_string(
+    "plan",
+    None,
+    "Plan the run on a slice that need not be there (v4-32, v5e-16, h100x8), or on the smallest one of a chip (v4): "
+    "bytes, time and cost of every program; nothing is run.",
+)
+_PLAN_JSON = flags.DEFINE_string("plan_json", None, "With --plan: also write the plan to this file, as JSON.")
+_PRICE = flags.DEFINE_float("price", None, "With --plan: the price of one chip and hour.")
 
 
 def main(argv: list[str]) -> int:
@@ -80,6 +89,10 @@ def _command(argv: list[str]) -> None:
     name, config = resolve_config()
     if _SHOW.value:
         return print_config(name, config)
+    if _PLAN.value:
+        from cai_jax.plan.command import plan_run
+
+        return plan_run(name, config, _PLAN.value, _PLAN_JSON.value, _PRICE.value)
     _set_environment()
     distributed.start(distributed.place(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value))
     report = run(name, config, _FRESH.value, command=argv, profile=_PROFILE.value)

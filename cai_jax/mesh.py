@@ -40,21 +40,26 @@ TABLE = (
 def make_mesh(config, devices=None) -> jax.sharding.Mesh:
     """The mesh of a `config.Mesh` over all devices; one axis may be -1. Raises UserError when it does not fit."""
     devices = jax.devices() if devices is None else devices
+    return jax.make_mesh(axis_sizes(config, len(devices)), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def axis_sizes(config, count: int) -> tuple[int, int, int]:
+    """Devices along each axis of a `config.Mesh` over `count` devices. Raises UserError when it does not fit."""
     sizes = [config.data, config.fsdp, config.tensor]
     free = [i for i, size in enumerate(sizes) if size == -1]
     fixed = int(np.prod([size for size in sizes if size != -1]))
-    if len(free) > 1 or fixed < 1 or len(devices) % fixed or (not free and fixed != len(devices)):
+    if len(free) > 1 or fixed < 1 or count % fixed or (not free and fixed != count):
         raise UserError(
-            f"mesh data={sizes[0]} fsdp={sizes[1]} tensor={sizes[2]} does not fit {len(devices)} devices: "
+            f"mesh data={sizes[0]} fsdp={sizes[1]} tensor={sizes[2]} does not fit {count} devices: "
             "set sizes whose product is that number, one of them may be -1"
         )
     if free:
-        sizes[free[0]] = len(devices) // fixed
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+        sizes[free[0]] = count // fixed
+    return tuple(sizes)
 
 
 def platform_of(mesh) -> str:
-    """cpu | gpu | tpu: where programs on this mesh run; None is the first device."""
+    """Where the programs of a mesh run (cpu, gpu, tpu); that is not where the process runs that compiles them."""
     return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
 
 
@@ -111,6 +116,20 @@ def _check_divides(mesh, name, shape, spec):
             f"mesh axis {mesh_axis}={mesh.shape[mesh_axis]} does not divide axis {axis} (size {size}) of "
             f"leaf '{name}': set mesh.{mesh_axis} to one of {fitting}"
         )
+
+
+def placed(shapes, shardings):
+    """Abstract arrays: the shapes and dtypes of one tree in the places that the other names."""
+    return jax.tree.map(lambda x, to: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to), shapes, shardings)
+
+
+def bytes_on_a_device(tree) -> int:
+    """Bytes that arrays, or abstract arrays in their places, take on one device."""
+
+    def size(leaf):
+        return int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
+
+    return sum(size(leaf) for leaf in jax.tree.leaves(tree))
 
 
 def put_rows(mesh, batch):

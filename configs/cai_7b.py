@@ -8,8 +8,8 @@ def config() -> c.Config:
     return c.Config(
         description="all stages on Mistral-7B-Instruct, sharded over every device",
         model=c.Model("mistralai/Mistral-7B-Instruct-v0.3", compute_dtype="bfloat16", remat="full"),
-        mesh=c.Mesh(data=1, fsdp=-1),
-        sampler=c.Sampler(rows=128, max_length=3072),
+        mesh=c.Mesh(data=1, fsdp=-1, tensor=4),
+        sampler=c.Sampler(rows=128, max_length=3072, prefill_tokens=8192),
         critique_revision=c.CritiqueRevision(
             rounds=4,
             response=long,

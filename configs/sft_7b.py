@@ -10,7 +10,7 @@ def config() -> c.Config:
         stages=("critique_revision", "sft"),
         model=c.Model("mistralai/Mistral-7B-Instruct-v0.3", compute_dtype="bfloat16", remat="full"),
         mesh=c.Mesh(data=1, fsdp=-1),
-        sampler=c.Sampler(rows=128, max_length=3072),
+        sampler=c.Sampler(rows=128, max_length=3072, prefill_tokens=8192),
         critique_revision=c.CritiqueRevision(
             rounds=4,
             response=long,

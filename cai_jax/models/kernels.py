@@ -70,15 +70,21 @@ def dot(x, kernel):
         return dot(x, kernel.base) + kernel.scale * dot(dot(x, kernel.a_IR), kernel.b_RO)
     if isinstance(kernel, Int8):
         return dot(x, jax.tree.map(lambda leaf: leaf.astype(kernel.dtype), kernel.kernel)) * kernel.scale_O
-    rows, on_cpu = math.prod(x.shape[:-1]), jax.default_backend() == "cpu"
-    if on_cpu and rows == 1 and jax.tree.leaves(kernel)[0].dtype == jnp.bfloat16:
+    if x.size == x.shape[-1] and jax.tree.leaves(kernel)[0].dtype == jnp.bfloat16:
         # XLA's CPU multiplies matrices in bfloat16, but widens one that meets a vector. So the vector comes twice.
-        return dot(jnp.broadcast_to(x.reshape(1, -1), (2, x.shape[-1])), kernel)[:1].reshape(*x.shape[:-1], -1)
+        twice = jnp.broadcast_to(x.reshape(1, -1), (2, x.shape[-1]))
+        return dot(twice, kernel)[:1].reshape(*x.shape[:-1], -1)
     if isinstance(kernel, Transposed):
-        if on_cpu and rows <= FEW_ROWS and kernel.kernel_OI.dtype == jnp.float32:
-            return _feature_major(x, kernel.kernel_OI)
-        return _product(x, kernel.kernel_OI, (((x.ndim - 1,), (1,)), ((), ())))
+        few = math.prod(x.shape[:-1]) <= FEW_ROWS and kernel.kernel_OI.dtype != jnp.bfloat16
+        if not few:
+            return _rows_major(x, kernel.kernel_OI)
+        # Decided when the program is lowered: a CPU may compile for chips that are elsewhere.
+        return jax.lax.platform_dependent(x, kernel.kernel_OI, cpu=_feature_major, default=_rows_major)
     return _product(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+
+
+def _rows_major(x, kernel_OI):
+    return _product(x, kernel_OI, (((x.ndim - 1,), (1,)), ((), ())))
 
 
 def _feature_major(x, kernel_OI):

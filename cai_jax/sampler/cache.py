@@ -98,8 +98,7 @@ def entry_dtype(compute_dtype: str, int8: bool, platform: str) -> str:
 
 def new_cache(config: ModelConfig, rows: int, length: int, prefix: int, dtype, mesh=None) -> Cache:
     """An empty cache where it belongs on the mesh."""
-    platform = platform_of(mesh)
-    make = partial(empty_cache, config, rows, length, prefix, dtype, platform)
+    make = partial(empty_cache, config, rows, length, prefix, dtype, platform_of(mesh))
     return jax.jit(make, out_shardings=None if mesh is None else cache_shardings(config, mesh, jax.eval_shape(make)))()
 
 

@@ -25,13 +25,13 @@ def prepare(config: ModelConfig, params, dtype, mesh=None, int8=False):
 @cache
 def preparation(config, dtype, mesh, int8):
     """The jitted cast and reshard, compiled once for all versions of a policy."""
-    form = partial(decoding_form, config, dtype, mesh, int8)
+    form = partial(decoding_form, config, dtype, mesh, platform_of(mesh), int8)
     if mesh is None:
         return jax.jit(form)
     return jax.jit(form, out_shardings=decoding_shardings(mesh, jax.eval_shape(form, param_shapes(config, "policy"))))
 
 
-def decoding_form(config: ModelConfig, dtype, mesh, int8, params):
+def decoding_form(config: ModelConfig, dtype, mesh, platform: str, int8, params):
     """What `prepare` makes of params, without a jit and a place."""
     fuse = mesh is None or mesh.shape["tensor"] == 1
     merged = {name: kernels.plain(leaf) for name, leaf in params["layers"].items()}
@@ -44,7 +44,7 @@ def decoding_form(config: ModelConfig, dtype, mesh, int8, params):
                     pieces = [stacked.pop(part + suffix) for part in parts]
                     stacked[fused + suffix] = jnp.concatenate(pieces, axis=-1)
     projections = [name for name in PROJECTIONS if name in stacked]
-    if platform_of(mesh) == "cpu" and jnp.dtype(dtype) == jnp.float32:  # half precision is multiplied as it lies
+    if platform == "cpu" and jnp.dtype(dtype) == jnp.float32:  # half precision is multiplied as it lies
         for name in projections:
             stacked[name] = kernels.Transposed(jnp.swapaxes(stacked[name], 1, 2))
         if not config.tie_embeddings:

@@ -255,7 +255,7 @@ def prepare(name: str, config: Config, run_dir: Path, fresh: bool, progress: Pro
     constitution = load_constitution(config.constitution)
     prompts = read_prompts(config)
     mesh = meshes.make_mesh(config.mesh)
-    _check_rows(config, mesh)
+    check_rows(config, mesh)
     check_models(config, Path(run_dir))
     mixed = read_mixed(config, prompts)
     base = load_model(
@@ -295,17 +295,15 @@ def _announce_cache(context: Context) -> None:
     )
 
 
-def _check_rows(config: Config, mesh) -> None:
-    """Rows of every batch must split over the data axes."""
+def check_rows(config: Config, mesh) -> None:
+    """Raise UserError where the rows of a selected stage's batches do not split over the data axes."""
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     sizes = {
-        "sampler.rows": config.sampler.rows,
-        "sft.batch_size": config.sft.batch_size // config.sft.microbatches,
-        "reward_model.batch_size": config.reward_model.batch_size // config.reward_model.microbatches,
-        "ppo.rollouts": config.ppo.rollouts // config.ppo.minibatches // config.ppo.microbatches,
+        "sft": ("sft.batch_size", config.sft.batch_size // config.sft.microbatches),
+        "reward_model": ("reward_model.batch_size", config.reward_model.batch_size // config.reward_model.microbatches),
+        "ppo": ("ppo.rollouts", config.ppo.rollouts // config.ppo.minibatches // config.ppo.microbatches),
     }
-    for name, size in sizes.items():
+    selected = [sizes[stage] for stage in config.stages if stage in sizes]
+    for name, size in [("sampler.rows", config.sampler.rows), *selected]:
         if size % ways:
             raise UserError(f"{name}: its (micro)batches of {size} rows do not split over data x fsdp = {ways} devices")
-
-

@@ -94,17 +94,13 @@ def _starting_params(context, frozen: Frozen) -> dict:
 
 def _start(context, frozen: Frozen, bias: float):
     """The train state, the params beside it that stay as they are, and the step."""
-    settings, shape = context.config.ppo, context.config.model
+    settings = context.config.ppo
     total = settings.updates * settings.epochs * settings.minibatches
-    objective = ppo_objective(
-        frozen.reference.config, frozen.reward.config, shape.compute_dtype, shape.remat,
-        temperature=settings.response.temperature, clip=settings.clip, value_clip=settings.value_clip,
-        value_coef=settings.value_coef, value_offset=bias,
-    )  # fmt: skip
+    loss = objective(context.config, frozen.reference.config, frozen.reward.config, bias)
     params = _starting_params(context, frozen)
     trained, kept = split(params, trainable(params))
     state, step = start_training(
-        objective, trained, settings.optimizer, total, context.mesh, settings.microbatches, kept
+        loss, trained, settings.optimizer, total, context.mesh, settings.microbatches, kept
     )
     return state, kept, step
 
@@ -146,6 +142,15 @@ def flops_per_token(settings, frozen: Frozen) -> float:
     scored = forward_flops(policy, 1, length) + 2 * forward_flops(value, 1, length, unembedded=0)
     trained = training_flops(policy, 1, length) + training_flops(value, 1, length, unembedded=0)
     return sampled + scored + settings.epochs * trained
+
+
+def objective(config, policy, value, bias: float):
+    """What the train step minimises, for a run's `Config` and the ModelConfigs of policy and value model."""
+    settings, shape = config.ppo, config.model
+    return ppo_objective(
+        policy, value, shape.compute_dtype, shape.remat, temperature=settings.response.temperature, clip=settings.clip,
+        value_clip=settings.value_clip, value_coef=settings.value_coef, value_offset=bias,
+    )  # fmt: skip
 
 
 def draw_prompts(context, prompts, count: int, draw: str):
@@ -221,6 +226,12 @@ def _score(config, reward_config, reference, value, reward, part, temperature, d
     values_BN = completion_values(reward_config, value, *arrays, dtype)
     scores_BT = values(reward_config, cast(reward, dtype), part["tokens"], part["positions"])
     return ref_logprobs_BN, values_BN, last_real(scores_BT, part["positions"])
+
+
+def lower_score(config, policy, scorer, reference, value, reward, part):
+    """The scoring program of a run's `Config`, lowered from shapes in the place of params and rollouts."""
+    temperature, dtype = config.ppo.response.temperature, config.model.compute_dtype
+    return _score.lower(policy, scorer, reference, value, reward, part, temperature, dtype)
 
 
 @partial(jax.jit, static_argnames=("estimator", "whiten"))

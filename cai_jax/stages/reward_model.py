@@ -93,8 +93,14 @@ def _loss_of(scores, pairs) -> float:
     return float(pairwise.bradley_terry(scores[:, 0], scores[:, 1], probabilities))
 
 
+def objective(config, model):
+    """What the train step minimises, for a run's `Config` and a ModelConfig."""
+    shape = config.model
+    return reward_objective(model, shape.compute_dtype, shape.remat, config.reward_model.center, TIE)
+
+
 def _train(context, folder, model, pairs, held_out):
-    settings, shape = context.config.reward_model, context.config.model
+    settings = context.config.reward_model
     longest = max(sum(map(len, pair["tokens"])) for pair in pairs)
     length = min(settings.max_length, -(-longest // 32) * 32)
     source = Rows({
@@ -102,13 +108,13 @@ def _train(context, folder, model, pairs, held_out):
         "probability": np.asarray([pair["probability"] for pair in pairs], np.float32),
         "real": np.ones(len(pairs), np.int32),
     })
-    objective = reward_objective(model.config, shape.compute_dtype, shape.remat, settings.center, TIE)
+    loss = objective(context.config, model.config)
 
     def quality(params, lines):
         return -_loss_of(_scores(context, model, params, held_out), held_out)
 
     flops = training_flops(model.config, 1, source.mean_length, unembedded=0)
-    return train(context, folder, settings, objective, model.params, source, _report, flops, quality)
+    return train(context, folder, settings, loss, model.params, source, _report, flops, quality)
 
 
 def _report(metrics) -> dict:

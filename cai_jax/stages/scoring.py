@@ -20,8 +20,7 @@ def score_texts(context, config, params, rows_of_tokens) -> np.ndarray:
     groups = defaultdict(list)
     for index, tokens in enumerate(rows_of_tokens):
         groups[bucket(len(tokens), SMALLEST_BUCKET)].append(index)
-    ways = context.mesh.shape["data"] * context.mesh.shape["fsdp"]
-    rows = -(-ROWS // ways) * ways
+    rows = rows_of_pass(context.mesh)
     scores = np.zeros(len(rows_of_tokens), np.float32)
     for length, indices in sorted(groups.items()):
         for start in range(0, len(indices), rows):
@@ -31,6 +30,17 @@ def score_texts(context, config, params, rows_of_tokens) -> np.ndarray:
             rewards_B = _rewards(config, params, *placed, context.config.model.compute_dtype)
             scores[batch] = on_host(rewards_B)[: len(batch)]
     return scores
+
+
+def rows_of_pass(mesh) -> int:
+    """Rows that are scored together: at least ROWS, and as many for each data shard."""
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    return -(-ROWS // ways) * ways
+
+
+def lower_rewards(config, model, params, tokens_BT, positions_BT):
+    """The scoring program of a run's `Config`, lowered from shapes in the place of params and texts."""
+    return _rewards.lower(model, params, tokens_BT, positions_BT, config.model.compute_dtype)
 
 
 @partial(jax.jit, static_argnames=("config", "dtype"))

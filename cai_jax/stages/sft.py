@@ -38,11 +38,10 @@ def run(context, folder) -> dict:
     if not len(packing):
         raise UserError(f"sft: no example of {', '.join(kept)} can be used: {counters['empty_completion']} completions "
                         f"are empty and {counters['too_long']} exceed sft.sequence_length: raise that")
-    shape = context.config.model
-    objective = sft_objective(context.base.config, shape.compute_dtype, shape.remat)
+    loss = objective(context.config, context.base.config)
     flops, quality = training_flops(context.base.config, 1, packing.mean_length), mean_of("loss", -1)
     params, metrics = train(
-        context, folder, settings, objective, context.base.params, packing, _report, flops, quality
+        context, folder, settings, loss, context.base.params, packing, _report, flops, quality
     )
     context.export(folder, context.base, params, "policy")
     return {
@@ -136,3 +135,8 @@ def _examples(context, rows, counters, skipped) -> list[Example]:
 
 def _report(metrics) -> dict:
     return {("tokens" if name == "weight" else name): value for name, value in metrics.items()}
+
+
+def objective(config, model):
+    """What the train step minimises, for a run's `Config` and a ModelConfig."""
+    return sft_objective(model, config.model.compute_dtype, config.model.remat)

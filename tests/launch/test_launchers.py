@@ -108,8 +108,8 @@ class Stubs:
     def run(self, script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
         return subprocess.run(
             ["bash", str(self.root / "launch" / script), *arguments],
-            capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=60, env={"PATH": str(self.bin), "HOME": str(self.place), "USER": "me",
-                             "TMPDIR": str(self.place), **environment},
+            capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=60,
+            env={"PATH": str(self.bin), "USER": "me"} | dict.fromkeys(("HOME", "TMPDIR"), str(self.place)) | environment,
         )  # fmt: skip
 
     def asked(self, name: str) -> list[list[str]]:

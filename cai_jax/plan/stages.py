@@ -1,0 +1,201 @@
+"""The programs of each stage, with what the stage holds in memory while they run."""
+
+from math import ceil
+
+from cai_jax.models.flops import parameters
+from cai_jax.plan import arithmetic
+from cai_jax.plan.arithmetic import Batch, Work
+from cai_jax.plan.programs import SCORING, TRAINING, Program, Run, float32, int32, size
+from cai_jax.plan.sampling import Load, sampler_bytes, sampler_programs
+from cai_jax.sampler.engine import bucket
+from cai_jax.stages import ppo, reward_model, scoring, sft
+from cai_jax.training.step import make_optimizer, make_schedule, make_train_step
+
+
+def programs_of(run: Run) -> list[Program]:
+    """The programs of the run's stages, in their order."""
+    return [program for stage in run.config.stages for program in _STAGES[stage](run)]
+
+
+def _critique_revision(run: Run) -> list[Program]:
+    settings, base = run.config.critique_revision, run.params(run.models["model.source"], "policy")
+    rows, prompt = run.workload.rows("red_team"), run.workload.tokens("red_team")
+    answer, critique, revision = (
+        sampling.max_new_tokens for sampling in (settings.response, settings.critique, settings.revision)
+    )
+    new_tokens = answer + settings.rounds * (critique + revision)
+    context = run.workload.preambles["critique_revision"] + prompt + answer + critique + revision / 2
+    prefilled = prompt + settings.rounds * (prompt + answer)  # each round asks about the newest revision
+    load = Load.of(run.config.sampler.rows, rows, new_tokens, prefilled, context)
+    return sampler_programs(run, "critique_revision", run.models["model.source"], base, size(base), load)
+
+
+def _sft(run: Run) -> list[Program]:
+    settings, model = run.config.sft, run.models["model.source"]
+    base = run.params(model, "policy")
+    rows, prompt = run.workload.rows("helpful"), run.workload.tokens("helpful")
+    new_tokens = settings.helpful.max_new_tokens
+    load = Load.of(run.config.sampler.rows, rows, new_tokens, prompt, prompt + new_tokens / 2)
+    chains = run.config.critique_revision
+    revisions = run.workload.rows("red_team") * chains.rounds
+    tokens = revisions * (run.workload.tokens("red_team") + chains.revision.max_new_tokens)
+    tokens += rows * (prompt + new_tokens)
+    steps = settings.epochs * ceil(tokens / settings.sequence_length / settings.batch_size)
+    shape = settings.batch_size, settings.sequence_length
+    batch = run.rows({name: int32(*shape) for name in ("tokens", "positions", "segments", "targets")})
+    train = _training(
+        run, "sft", sft.objective(run.config, model), base, settings, steps, batch, size(base),
+        [(model, Batch(*shape, settings.sequence_length))],
+    )  # fmt: skip
+    return [*sampler_programs(run, "sft", model, base, size(base), load), train]
+
+
+def _preferences(run: Run) -> list[Program]:
+    settings, base = run.config.preferences, run.params(run.models["model.source"], "policy")
+    policy, judge = run.models["preferences.policy"], run.models["preferences.judge"]
+    pairs = run.workload.rows("red_team", "helpful") * settings.pairs_per_prompt
+    prompt, answer = run.workload.tokens("red_team", "helpful"), settings.response.max_new_tokens
+    slots = run.config.sampler.rows
+    answers = Load.of(slots, pairs, 2 * answer, prompt, prompt + answer / 2)
+    pair = prompt + 2 * answer
+    labels = Load.of(slots, pairs, 0, 2 * pair, run.workload.preambles["preferences"] + pair)
+    writer, reader = run.params(policy, "policy"), run.params(judge, "policy")
+    beside = size(base) + (size(reader) if run.config.preferences.judge else 0)
+    return [
+        *sampler_programs(run, "preferences", policy, writer, size(base, writer), answers),
+        *sampler_programs(run, "preferences", judge, reader, beside, labels, SCORING),
+    ]
+
+
+def _reward_model(run: Run) -> list[Program]:
+    settings, model = run.config.reward_model, run.models["reward_model.start"]
+    base, start = run.params(run.models["model.source"], "policy"), run.params(model, "reward")
+    pairs = run.workload.rows("red_team", "helpful") * run.config.preferences.pairs_per_prompt
+    held_out = ceil(settings.held_out * pairs)
+    shape = settings.batch_size, settings.max_length
+    batch = run.rows({
+        **{name: int32(*shape) for name in ("tokens", "positions", "segments")},
+        "last": int32(settings.batch_size, 2),
+        "probability": float32(settings.batch_size),
+        "real": int32(settings.batch_size),
+    })  # fmt: skip
+    steps = settings.epochs * ceil((pairs - held_out) / settings.batch_size)
+    objective = reward_model.objective(run.config, model)
+    train = _training(
+        run, "reward_model", objective, start, settings, steps, batch, size(base, start), [(model, Batch(*shape, None))]
+    )
+    return [train, _rewards(run, "reward_model", model, settings.max_length, size(base, start), 2 * held_out)]
+
+
+def _ppo(run: Run) -> list[Program]:
+    settings, policy, value = run.config.ppo, run.models["ppo.policy"], run.models["ppo.reward_model"]
+    prompt = ceil(settings.max_prompt_tokens / 32) * 32
+    answer, rollouts, updates = settings.response.max_new_tokens, settings.rollouts, settings.updates
+    base = run.params(run.models["model.source"], "policy")
+    reference, reward = run.params(policy, "policy"), run.params(value, "reward")
+    rows = rollouts // settings.minibatches
+    batch = run.rows({
+        **{name: int32(rows, prompt + answer) for name in ("tokens", "positions")},
+        "mask": int32(rows, answer),
+        **{name: float32(rows, answer) for name in ("old_logprobs", "advantages", "returns", "old_values")},
+    })  # fmt: skip
+    params = {"policy": reference, "value": reward}
+    frozen = size(base, reference, reward)
+    length = prompt + answer
+    train = _training(
+        run, "ppo", ppo.objective(run.config, policy, value, bias=0.0), params, settings,
+        updates * settings.epochs * settings.minibatches, batch, frozen,
+        [(policy, Batch(rows, length, answer)), (value, Batch(rows, length, None))],
+    )  # fmt: skip
+    state = train.arguments - size(batch)
+    load = Load.of(run.config.sampler.rows, rollouts, answer, prompt, prompt + answer / 2, updates + 1)
+    score = _score(run, policy, value, reference, reward, prompt, state + size(base), updates + 1)
+    return [*sampler_programs(run, "ppo", policy, reference, frozen + state, load), score, train]
+
+
+def _score(run: Run, policy, value, reference, reward, prompt: int, beside: int, batches: int) -> Program:
+    """Reference log-probs, values and rewards in one program. The value model is a part of the state: in `beside`."""
+    settings = run.config.ppo
+    answer, parts = settings.response.max_new_tokens, settings.minibatches * settings.microbatches
+    rows = settings.rollouts // parts
+    length = prompt + answer
+    part = run.rows({
+        **{name: int32(rows, length) for name in ("tokens", "positions")}, "mask": int32(rows, answer),
+    })  # fmt: skip
+    scalars = value, Batch(rows, length, None)
+    passes = [(policy, Batch(rows, length, answer)), scalars, scalars]
+    arguments = size(reference, reward, reward, part)
+    key = run.key("ppo score", policy, value, rows, length, answer, run.config.model)
+    return Program(
+        "ppo", "score rollouts", SCORING, key,
+        lambda: ppo.lower_score(run.config, policy, value, reference, reward, reward, part), arguments, 0,
+        sum(arithmetic.pass_temporaries(model, run.mesh, batch, run.itemsize) for model, batch in passes),
+        beside - size(reward),
+        sum((arithmetic.forward_work(model, run.mesh, batch, run.itemsize) for model, batch in passes), Work()),
+        batches * parts,
+    )  # fmt: skip
+
+
+def _evaluate(run: Run) -> list[Program]:
+    settings, base_model = run.config.evaluate, run.models["model.source"]
+    sets = ("eval_red_team", "eval_helpful", "eval_look_alike")
+    rows, prompt = run.workload.rows(*sets), run.workload.tokens(*sets)
+    answer = settings.response.max_new_tokens
+    model, reward = run.models["evaluate.rl"], run.models["evaluate.reward_model"]
+    base, other = run.params(base_model, "policy"), run.params(model, "policy")
+    held = size(base, other, run.params(reward, "reward")) + sampler_bytes(run, base_model)
+    # Three models answer; the base reads what the others wrote.
+    load = Load.of(run.config.sampler.rows, rows, 3 * answer, 3 * prompt + 3 * (prompt + answer), prompt + answer / 2)
+    return [
+        *sampler_programs(run, "evaluate", model, other, held, load),
+        _rewards(run, "evaluate", reward, bucket(round(prompt) + answer, scoring.SMALLEST_BUCKET), held, 3 * rows),
+    ]
+
+
+def _rewards(run: Run, stage: str, model, length: int, resident: int, texts: int) -> Program:
+    """The reward model's scores of texts; it is among what the stage holds."""
+    rows = scoring.rows_of_pass(run.mesh)
+    length = bucket(length, scoring.SMALLEST_BUCKET)
+    params = run.params(model, "reward")
+    texts_of = run.rows({name: int32(rows, length) for name in ("tokens", "positions")})
+    batch = Batch(rows, length, None)
+    return Program(
+        stage, "score texts", SCORING, run.key("rewards", model, rows, length, run.config.model),
+        lambda: scoring.lower_rewards(run.config, model, params, *texts_of.values()),
+        size(params, texts_of), 0, arithmetic.pass_temporaries(model, run.mesh, batch, run.itemsize),
+        resident - size(params), arithmetic.forward_work(model, run.mesh, batch, run.itemsize), ceil(texts / rows),
+    )  # fmt: skip
+
+
+def _training(run: Run, stage, objective, params, settings, steps, batch, resident, passes) -> Program:
+    """A train step. `passes`: models that it trains, each with the batch that goes through it."""
+    model, microbatches = run.config.model, settings.microbatches
+    schedule = make_schedule(settings.optimizer, max(1, steps))
+    optimizer = make_optimizer(settings.optimizer, schedule)
+    state = run.train_state(params, optimizer)
+    shapes = tuple((name, leaf.shape, str(leaf.dtype)) for name, leaf in batch.items())
+    key = run.key(f"{stage} train step", tuple(config for config, _ in passes), shapes, microbatches, model)
+    sizes = [
+        (config, run.mesh, whole, microbatches, model.remat, run.itemsize, parameters(config))
+        for config, whole in passes
+    ]
+    work = [arithmetic.training_work(*each) for each in sizes]
+    temporaries = [arithmetic.training_temporaries(*each) for each in sizes]
+
+    def lower():
+        return make_train_step(objective, optimizer, schedule, run.mesh, state, microbatches).lower(state, batch)
+
+    return Program(
+        stage, "train step", TRAINING, key, lower, size(state, batch), 0, sum(temporaries), resident,
+        sum(work, Work()), steps, passes[0][1].rows * passes[0][1].length,
+    )  # fmt: skip
+
+
+_STAGES = {
+    "critique_revision": _critique_revision,
+    "sft": _sft,
+    "preferences": _preferences,
+    "reward_model": _reward_model,
+    "ppo": _ppo,
+    "evaluate": _evaluate,
+}

@@ -1,0 +1,56 @@
+"""Meshes of chips that are not there: real ones for the TPU compiler, sizes alone where there is no compiler."""
+
+import importlib.util
+import os
+from functools import cache
+
+from cai_jax.accelerators import Slice
+from cai_jax.errors import UserError
+
+INSTALL = "pip install 'cai-jax[plan]' (from a checkout: pip install '.[plan]')"
+
+
+def set_environment() -> None:
+    """What must stand before JAX is imported: this process computes nothing, and asks no metadata server for a TPU."""
+    os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v4-8")
+    os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
+
+
+def check_compiler(target: str, platform: str) -> None:
+    """Raise UserError where a plan for TPUs finds no TPU compiler."""
+    if platform == "tpu" and importlib.util.find_spec("libtpu") is None:
+        raise UserError(f"--plan={target}: the TPU compiler is not installed: {INSTALL}")
+
+
+def planned_mesh(config, piece: Slice):
+    """The mesh of a `config.Mesh` over a slice: of the compiler's devices for TPUs, an AbstractMesh for GPUs.
+
+    Raises UserError where the mesh does not fit the number of chips.
+    """
+    from jax.sharding import AbstractMesh, AxisType
+
+    from cai_jax.mesh import AXES, axis_sizes, make_mesh
+
+    if piece.chip.platform != "tpu":
+        return AbstractMesh(axis_sizes(config, piece.chips), AXES, axis_types=(AxisType.Auto,) * 3)
+    return make_mesh(config, _devices(piece))
+
+
+@cache
+def _devices(piece: Slice) -> list:
+    from jax.experimental import topologies
+
+    cores = "megacore" if piece.chip.name in ("v4", "v5p") else "default"
+    host = tuple(min(2, size) for size in piece.shape[:2]) + (1,) * (len(piece.shape) - 2)
+    topology = topologies.get_topology_desc(
+        platform="tpu",
+        topology_name=f"{piece.chip.name}:{'x'.join(map(str, piece.shape))}",
+        chip_config_name=cores,
+        chips_per_host_bounds=host + (1,) * (3 - len(host)),
+        num_slices=1,
+        wrap=(False,) * 3,
+    )
+    return list(topology.devices)

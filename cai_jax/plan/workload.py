@@ -1,0 +1,69 @@
+"""How much a run has to do: prompts, tokens and steps, from its config alone.
+
+What depends on text that is still to be written (lengths of answers, prompts that do not fit) is taken at its limit.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from cai_jax.config import Config, PromptSet
+from cai_jax.constitution import load_constitution
+from cai_jax.prompt_sets import load_prompts
+
+CHARACTERS_A_TOKEN = 4  # of English prose, for the usual vocabularies
+ASSUMED_PROMPTS, ASSUMED_TOKENS = 1000, 128  # of a set that is on the hub
+
+
+@dataclass(frozen=True)
+class PromptCount:
+    """Rows of a prompt set, and tokens of a row on average."""
+
+    rows: int
+    tokens: float
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What the stages of a run have to do, and what had to be assumed to say so."""
+
+    prompts: dict[str, PromptCount]
+    preambles: dict[str, int]  # tokens of the worked examples that requests begin with
+    assumptions: tuple[str, ...]
+
+    def rows(self, *names: str) -> int:
+        """Prompts of some sets."""
+        return sum(self.prompts[name].rows for name in names)
+
+    def tokens(self, *names: str) -> float:
+        """Mean tokens of a prompt of some sets."""
+        return sum(self.prompts[n].rows * self.prompts[n].tokens for n in names) / max(self.rows(*names), 1)
+
+
+def workload_of(config: Config) -> Workload:
+    """Count prompts and worked examples; nothing is fetched. Raises UserError for a local set that cannot be read."""
+    sets, assumed = {}, [f"a token is {CHARACTERS_A_TOKEN} characters of prompts and worked examples"]
+    for name in ("red_team", "helpful", "eval_red_team", "eval_helpful", "eval_look_alike"):
+        prompt_set: PromptSet = getattr(config.prompts, name)
+        if prompt_set.path.startswith("shipped:") or Path(prompt_set.path).expanduser().exists():
+            sets[name] = _counted(load_prompts(prompt_set, name).rows)
+        else:
+            rows = prompt_set.limit or ASSUMED_PROMPTS
+            sets[name] = PromptCount(rows, ASSUMED_TOKENS)
+            assumed.append(f"prompts.{name} ({prompt_set.path}) is not read: {rows} prompts of {ASSUMED_TOKENS} tokens")
+    assumed.append("every text is as long as its limit")
+    constitution = load_constitution(config.constitution)
+    preambles = {
+        "critique_revision": _tokens(constitution.critique_few_shots),
+        "preferences": _tokens(constitution.preference_few_shots),
+    }
+    return Workload(sets, preambles, tuple(assumed))
+
+
+def _counted(rows) -> PromptCount:
+    characters = sum(len(message["content"]) for row in rows for message in row.messages)
+    return PromptCount(len(rows), characters / CHARACTERS_A_TOKEN / max(len(rows), 1))
+
+
+def _tokens(few_shots) -> int:
+    characters = sum(len(str(value)) for shot in few_shots for value in vars(shot).values())
+    return round(characters / CHARACTERS_A_TOKEN)

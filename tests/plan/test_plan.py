@@ -1,0 +1,196 @@
+"""Plans by arithmetic: what a run needs, what is refused, and that a change that is named does fit."""
+
+import dataclasses
+import json
+import re
+
+import pytest
+
+from cai_jax.accelerators import ACCELERATORS, GIB, Accelerator, Slice, parse_slice
+from cai_jax.config import Mesh, Model, apply_overrides
+from cai_jax.errors import UserError
+from cai_jax.models.flops import parameters
+from cai_jax.named_runs import load_config
+from cai_jax.plan import command
+from cai_jax.plan.measure import Measurer, _used
+from cai_jax.plan.plan import find_change, make_plan, smallest_plan
+from cai_jax.plan.table import as_json, as_text, refusal
+from cai_jax.stages import context
+
+H100 = parse_slice("h100x8")
+ARITHMETIC = Measurer(compiles=False)
+
+
+@pytest.fixture(scope="module")
+def ppo():
+    return load_config("ppo_7b")[1]
+
+
+@pytest.fixture(scope="module")
+def plan(ppo):
+    return make_plan(ppo, H100, ARITHMETIC)
+
+
+def line(plan, name):
+    return next(line for line in plan.lines if line.program.name == name)
+
+
+def test_a_plan_names_every_program_of_ppo(plan):
+    names = [line.program.name for line in plan.lines]
+    assert names == ["prepare weights", "share prefix", "prefill", "decode, a step", "score rollouts", "train step"]
+
+
+def test_arguments_are_the_arrays_of_a_chip(plan, ppo):
+    config = plan.models["model.source"][0]
+    policy, value = parameters(config), parameters(config, "reward")
+    train = line(plan, "train step")
+    state = 12 * (policy + value) / H100.chips  # float32 parameters and two moments
+    assert train.memory.arguments == pytest.approx(state, rel=0.01)
+    # Beside it stand the base model, the reference and the reward model.
+    assert train.program.resident == pytest.approx(4 * (2 * policy + value) / H100.chips, rel=0.01)
+    score = line(plan, "score rollouts")
+    held = [each.program.resident + each.memory.arguments for each in (train, score)]
+    assert held[0] == pytest.approx(held[1], rel=0.01)  # the same arrays, passed or not
+    prepare = line(plan, "prepare weights")
+    assert prepare.memory.outputs == pytest.approx(2 * policy / ppo.mesh.tensor, rel=0.01)
+
+
+def test_work_of_ppo(plan, ppo):
+    settings = ppo.ppo
+    tokens = settings.rollouts * 1024
+    train = line(plan, "train step")
+    # Two models, four passes (one of them for full rematerialisation), two FLOPs a parameter and token.
+    passes = 2 * 4 * 2 * 7.1e9 * tokens / settings.minibatches
+    assert train.program.work.flops == pytest.approx(passes, rel=0.1)
+    assert train.program.calls == settings.updates * settings.minibatches
+    decode = line(plan, "decode, a step")
+    assert decode.bound == "memory"
+    waves = settings.rollouts // ppo.sampler.rows
+    assert decode.program.calls == (settings.updates + 1) * waves * settings.response.max_new_tokens
+    assert sum(plan.shares().values()) == pytest.approx(1)
+
+
+def test_more_chips_take_less_time_and_memory(ppo, plan):
+    half = make_plan(ppo, parse_slice("h100x4"), ARITHMETIC)
+    assert line(plan, "train step").memory.arguments < 0.6 * line(half, "train step").memory.arguments
+    assert plan.seconds() < half.seconds()
+
+
+def small_chip(gibibytes: float) -> Slice:
+    """Eight chips like H100 with other memory."""
+    chip = dataclasses.replace(ACCELERATORS["h100"], memory=int(gibibytes * GIB))
+    return Slice("h100x8", chip, 8)
+
+
+@pytest.fixture(scope="module")
+def tiny(ppo):
+    """PPO of a tiny model in the shape of ppo_7b."""
+    return dataclasses.replace(ppo, model=dataclasses.replace(ppo.model, source="random:llama"))
+
+
+@pytest.mark.parametrize("share", [0.97, 0.8, 0.6])
+def test_a_refusal_names_a_change_that_fits(tiny, share):
+    largest = max(line.total for line in make_plan(tiny, H100, ARITHMETIC).lines)
+    piece = small_chip(largest * share / GIB * 16 / 15)
+    refused = make_plan(tiny, piece, ARITHMETIC)
+    assert refused.too_large
+    found = find_change(refused, ARITHMETIC)
+    message = refusal(refused, found)
+    assert re.search(r"needs \d+\.\d\d GiB a chip and \d+\.\d\d GiB are there: .*--set .* fits", message)
+    settings = re.findall(r"--set (\S+)", message)
+    assert not make_plan(apply_overrides(tiny, settings), piece, ARITHMETIC).too_large
+
+
+def test_nothing_helps_a_chip_of_a_kibibyte(tiny):
+    refused = make_plan(tiny, small_chip(1e-6), ARITHMETIC)
+    assert "no change that was tried fits" in refusal(refused, find_change(refused, ARITHMETIC))
+
+
+def test_the_smallest_slice(ppo):
+    plan = smallest_plan(dataclasses.replace(ppo, mesh=Mesh(data=1, fsdp=-1)), ACCELERATORS["h200"], ARITHMETIC)
+    assert not plan.too_large
+    half = f"h200x{plan.piece.chips // 2}"
+    smaller = make_plan(dataclasses.replace(ppo, mesh=Mesh(data=1, fsdp=-1)), parse_slice(half), ARITHMETIC)
+    assert smaller.too_large
+
+
+def test_every_stage_has_a_plan():
+    config = load_config("cai_7b")[1]
+    plan = make_plan(config, H100, ARITHMETIC)
+    assert list(dict.fromkeys(line.program.stage for line in plan.lines)) == list(config.stages)
+    assert all(line.program.calls > 0 and line.seconds >= 0 for line in plan.lines)
+
+
+def test_text_and_json_say_whose_numbers(plan):
+    text = as_text("ppo_7b", plan, price=2.5)
+    assert "no compiler for this chip" in text and "Nothing was run" in text and "cost" in text
+    written = json.loads(json.dumps(as_json("ppo_7b", plan, 2.5, None)))
+    assert written["slice"] == {"name": "h100x8", "chips": 8, "mesh": plan.mesh}
+    assert written["sources"] == {
+        "bytes": ["arithmetic"], "flops": "arithmetic", "seconds": "arithmetic from published peaks",
+    }  # fmt: skip
+    program = written["programs"][0]
+    assert program["total_bytes"] == (
+        program["arguments_bytes"] + program["outputs_bytes"] + program["temporaries_bytes"] + program["beside_bytes"]
+    )
+    hours = written["total"]["hours_expected"]
+    assert written["total"]["cost_expected"] == pytest.approx(hours * 8 * 2.5)
+    assert written["total"]["hours_at_peak"] == pytest.approx(
+        sum(p["seconds_at_peak"] * p["calls"] for p in written["programs"]) / 3600
+    )
+    assert written["assumptions"]
+
+
+def test_the_compilers_refusal_is_read():
+    message = "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. " \
+        "Used 41.50G of 30.75G hbm. Exceeded hbm capacity by 10.75G."
+    assert _used(message) == int(41.5 * GIB)
+    assert _used("INTERNAL: something else") is None
+
+
+def test_rows_of_other_stages_do_not_matter(ppo):
+    class SixteenWays:
+        shape = {"data": 1, "fsdp": 16, "tensor": 1}
+
+    context.check_rows(ppo, SixteenWays)  # sft.batch_size is 8 by default, and sft is not selected
+    with pytest.raises(UserError, match="sft.batch_size"):
+        context.check_rows(dataclasses.replace(ppo, stages=("sft",)), SixteenWays)
+
+
+@pytest.fixture
+def quiet(monkeypatch):
+    monkeypatch.setattr(command, "set_environment", lambda: None)
+
+
+def test_the_command_prints_writes_and_refuses(quiet, capsys, tmp_path):
+    config = load_config("tiny")[1]
+    command.plan_run("tiny", config, "h100x1", str(tmp_path / "plan.json"), None)
+    out = capsys.readouterr().out
+    assert out.startswith("tiny on h100x1: 1 chips")
+    assert json.loads((tmp_path / "plan.json").read_text())["fits"] is True
+    large = dataclasses.replace(config, model=Model("Qwen/Qwen2.5-14B"))
+    with pytest.raises(UserError, match="h100x1: .* needs .* GiB a chip"):
+        command.plan_run("large", large, "h100x1", str(tmp_path / "plan.json"), None)
+    assert json.loads((tmp_path / "plan.json").read_text())["fits"] is False
+
+
+def test_wrong_names_and_prices(quiet, ppo):
+    with pytest.raises(UserError, match="no accelerator 'v4-33'; nearest: v4-32"):
+        command.plan_run("ppo_7b", ppo, "v4-33", None, None)
+    with pytest.raises(UserError, match="--price=-1"):
+        command.plan_run("ppo_7b", ppo, "h100x8", None, -1.0)
+
+
+def test_a_missing_compiler_says_how_to_install_it(monkeypatch, quiet, ppo):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"v4-32: the TPU compiler is not installed: pip install 'cai-jax\[plan\]'"):
+        command.plan_run("ppo_7b", ppo, "v4-32", None, None)
+
+
+def test_a_mesh_that_does_not_fit_the_slice(quiet, ppo):
+    with pytest.raises(UserError, match="does not fit 8 devices"):
+        command.plan_run("ppo_7b", dataclasses.replace(ppo, mesh=Mesh(1, 3, 1)), "h100x8", None, None)
+
+
+def test_every_accelerator_has_a_name_for_its_plan():
+    assert all(isinstance(chip, Accelerator) and chip.platform in ("tpu", "gpu") for chip in ACCELERATORS.values())
