@@ -7,9 +7,9 @@ from cai_jax.models.kernels import dot
 from cai_jax.models.transformer import hidden_states, positions_from_mask
 
 
-def values(config: ModelConfig, params, tokens_BT, positions_BT, segments_BT=None, remat="none"):
+def values(config: ModelConfig, params, tokens_BT, positions_BT, segments_BT=None, remat="none", attention="auto"):
     """The scalar head at every position, `[B, T]` float32. `params` hold a `score` kernel `[D, 1]`."""
-    hidden_BTD = hidden_states(config, params, tokens_BT, positions_BT, segments_BT, remat)
+    hidden_BTD = hidden_states(config, params, tokens_BT, positions_BT, segments_BT, remat, attention)
     return dot(hidden_BTD, params["score"])[..., 0]
 
 

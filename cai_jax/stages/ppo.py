@@ -74,7 +74,7 @@ def _train(context, folder, frozen: Frozen, bias: float):
     objective = ppo_objective(
         frozen.reference.config, frozen.reward.config, shape.compute_dtype, shape.remat,
         temperature=settings.response.temperature, clip=settings.clip, value_clip=settings.value_clip,
-        value_coef=settings.value_coef, value_offset=bias,
+        value_coef=settings.value_coef, value_offset=bias, attention=shape.attention,
     )  # fmt: skip
     state, step = start_training(objective, params, settings.optimizer, total, context.mesh, settings.microbatches)
 

@@ -92,7 +92,9 @@ def _train(context, folder, model, pairs):
         "real": np.ones(len(pairs), np.int32),
     }
     total = settings.epochs * steps_per_epoch(len(pairs), settings.batch_size)
-    objective = reward_objective(model.config, shape.compute_dtype, shape.remat, settings.center, TIE)
+    objective = reward_objective(
+        model.config, shape.compute_dtype, shape.remat, settings.center, TIE, shape.attention
+    )
     state, step = start_training(
         objective, model.params, settings.optimizer, total, context.mesh, settings.microbatches
     )

@@ -102,7 +102,7 @@ def _train(context, folder, packed):
     settings, model = context.config.sft, context.config.model
     per_epoch = steps_per_epoch(len(packed["tokens"]), settings.batch_size)
     total = settings.epochs * per_epoch
-    objective = sft_objective(context.base.config, model.compute_dtype, model.remat)
+    objective = sft_objective(context.base.config, model.compute_dtype, model.remat, model.attention)
     state, step = start_training(
         objective, context.base.params, settings.optimizer, total, context.mesh, settings.microbatches
     )

@@ -4,6 +4,7 @@ An objective is a pure function `(params, batch) -> (sum of losses, weight, sums
 means, are accumulated over microbatches in float32, so that the split of a batch does not change the result.
 """
 
+import math
 import re
 from collections.abc import Callable
 from functools import partial
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from cai_jax import config as configs
-from cai_jax.mesh import leaf_name, shardings
+from cai_jax.mesh import ROW_AXES, leaf_name, shardings
 
 
 @flax.struct.dataclass
@@ -88,7 +89,12 @@ def make_train_step(
     `grad_norm` (before clipping), `learning_rate`, and the weighted means of what the objective reports. Gradients are
     summed and divided in float32, and cast to the dtype of their parameter for the optimizer.
     """
-    differentiate = jax.value_and_grad(lambda params, batch: _as_aux(objective(params, batch)), has_aux=True)
+
+    def on_mesh(params, batch):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # for those who ask which mesh is in use
+            return _as_aux(objective(params, batch))
+
+    differentiate = jax.value_and_grad(on_mesh, has_aux=True)
 
     @partial(jax.jit, donate_argnums=0, out_shardings=(shardings(mesh, state), None))
     def step(state: TrainState, batch):
@@ -102,7 +108,7 @@ def make_train_step(
         if microbatches == 1:
             grads, loss, weight, sums = sums_of(batch)
         else:
-            parts = jax.tree.map(lambda x: x.reshape(microbatches, -1, *x.shape[1:]), batch)
+            parts = jax.tree.map(lambda x: _split_rows(x, microbatches, mesh), batch)
             first = jax.tree.map(lambda x: x[0], parts)
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(sums_of, first))
             (grads, loss, weight, sums), _ = jax.lax.scan(accumulate, zeros, parts)
@@ -115,6 +121,15 @@ def make_train_step(
         return TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1), metrics
 
     return step
+
+
+def _split_rows(x, parts: int, mesh):
+    """Rows in `parts` equal parts, `[parts, rows / parts, ...]`, each device's part made of its own rows."""
+    shards = math.prod(mesh.shape[axis] for axis in ROW_AXES)
+    if x.shape[0] % (shards * parts):
+        shards = 1
+    by_shard = x.reshape(shards, parts, -1, *x.shape[1:])
+    return by_shard.swapaxes(0, 1).reshape(parts, -1, *x.shape[1:])
 
 
 def _at_least_float32(x):
