@@ -24,8 +24,8 @@ from cai_jax.models.kernels import product
 
 BACKENDS = ("auto", "xla", "splash", "cudnn")
 NEGATIVE = -1e30  # finite: a row that sees nothing must not become NaN
-PIECE = 128  # queries whose scores exist at once in plain XLA ...
-MOST_PIECES = 16  # ... or more, so that very long rows stay short programs
+PIECE = 128  # queries of a row whose scores exist at once in plain XLA
+GROUPS = 4  # of queries by how far they look back: five eighths of the scores are computed
 SPLASH_BLOCK = 512  # queries and keys of a block, less for shorter rows
 LANES = 128  # of a TPU
 
@@ -86,24 +86,45 @@ def softcap(x, cap):
 
 
 def _in_pieces(config, q_BTHN, k_BTKN, v_BTKN, positions_BT, segments_BT, window):
-    """Plain attention, some queries at a time and only the keys up to the last of them.
+    """Plain attention, PIECE queries at a time, and of the keys only what stands before the end of their group.
 
-    The scores `[B, H, T, S]` never exist whole, nor are they kept for the backward pass; nearly half of them, which
-    the mask would drop, are not computed.
+    The scores `[B, H, T, S]` never exist whole, nor are they kept for the backward pass; most of those that the mask
+    would drop are not computed.
     """
     length = q_BTHN.shape[1]
-    size = max(PIECE, -(-length // MOST_PIECES))
+    queries = q_BTHN, positions_BT, *([] if segments_BT is None else [segments_BT])
+    if length <= PIECE:
+        return _piece(config, window, k_BTKN, v_BTKN, queries[1:], queries)
+    group = -(-length // (GROUPS * PIECE)) * PIECE
+    out = []
+    for start in range(0, length, group):
+        end = min(start + group, length)
+        keys = k_BTKN[:, :end], v_BTKN[:, :end], [x[:, :end] for x in queries[1:]]
+        run = jax.checkpoint(partial(_piece, config, window, *keys))
+        part = [x[:, start:end] for x in queries]
+        out.append(run(part) if end - start <= PIECE else _one_after_the_other(run, part))
+    return jnp.concatenate(out, axis=1)
 
-    def piece(q_BTHN, k_BTKN, v_BTKN, start):
-        now, until = slice(start, start + size), slice(start + size)
-        segments = () if segments_BT is None else (segments_BT[:, now], segments_BT[:, until])
-        seen_BTS = visible(positions_BT[:, now], positions_BT[:, until], window, *segments)
-        return attention(config, q_BTHN[:, now], k_BTKN[:, until], v_BTKN[:, until], seen_BTS)
 
-    if length <= size:
-        return piece(q_BTHN, k_BTKN, v_BTKN, 0)
-    pieces = [jax.checkpoint(partial(piece, start=start))(q_BTHN, k_BTKN, v_BTKN) for start in range(0, length, size)]
-    return jnp.concatenate(pieces, axis=1)
+def _one_after_the_other(run, queries):
+    """`run` of each PIECE of the queries, in a loop."""
+    rows, length = queries[0].shape[:2]
+    count = -(-length // PIECE)
+
+    def cut(x):
+        padded = jnp.pad(x, ((0, 0), (0, count * PIECE - length)) + ((0, 0),) * (x.ndim - 2))
+        return jnp.moveaxis(padded.reshape(rows, count, PIECE, *x.shape[2:]), 1, 0)
+
+    out = jnp.moveaxis(jax.lax.map(run, [cut(x) for x in queries]), 0, 1)
+    return out.reshape(rows, count * PIECE, *out.shape[3:])[:, :length]
+
+
+def _piece(config, window, k_BSKN, v_BSKN, key_places, queries):
+    """Plain attention of some queries. Places: positions, and segments where there are any."""
+    q_BTHN, positions_BT, *segments_BT = queries
+    key_positions_BS, *key_segments_BS = key_places
+    seen_BTS = visible(positions_BT, key_positions_BS, window, *segments_BT, *key_segments_BS)
+    return attention(config, q_BTHN, k_BSKN, v_BSKN, seen_BTS)
 
 
 def _cudnn(config, q_BTHN, k_BTKN, v_BTKN, positions_BT, segments_BT, window):

@@ -61,7 +61,7 @@ def _feature_major(x, kernel_OI):
     return y_OR.T.reshape(*x.shape[:-1], -1)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=0)
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def product(form, x, y):
     """`einsum` of two arrays of one dtype with float32 sums and result; every letter is in two of its three terms.
 

@@ -16,7 +16,7 @@ from cai_jax.mesh import by_rows
 from cai_jax.models.attention import attend as attend_rows
 from cai_jax.models.attention import choose_backend, softcap
 from cai_jax.models.families import ModelConfig, inverse_frequencies
-from cai_jax.models.kernels import Transposed, dot
+from cai_jax.models.kernels import Transposed, cast, dot
 
 # What the backward pass finds of a layer beside its input, by name of a policy; "none" keeps everything.
 REMAT = {
@@ -47,12 +47,9 @@ def positions_from_mask(tokens_BT, mask_BT=None):
 
 def hidden_states(
     config: ModelConfig, params, tokens_BT, positions_BT, segments_BT=None, remat="none", attention="auto",
-    prefix_segment=True,
+    prefix_segment=True, dtype=None,
 ):  # fmt: skip
     """Final-norm hidden states `[B, T, D]`.
-
-    Activations between products are in the dtype of the embeddings: parameters cast to bfloat16 (`kernels.cast`) give
-    bfloat16 activations, with norms, rotation, softmax and sums in float32.
 
     Args:
       segments_BT: keeps packed sequences apart.
@@ -60,14 +57,18 @@ def hidden_states(
       attention: one of `attention.BACKENDS`; all give the same.
       prefix_segment: whether segment 0 holds tokens that its whole row sees. False promises that it holds pads only,
         which is what a kernel needs.
+      dtype: of products' operands and of the activations between them, by default that of the embeddings; norms,
+        rotation, softmax and sums are in float32. Each layer's weights are cast when the layer runs, so that there is
+        never a second copy of all of them, nor of their gradients.
     """
-    x_BTD = by_rows(embed(config, params, tokens_BT).astype(params["embed"].dtype))
+    x_BTD = by_rows(embed(config, params, tokens_BT).astype(dtype or params["embed"].dtype))
     rope_RBTN = rope_tables(config, positions_BT)
     prefix_segment = prefix_segment and segments_BT is not None
     backend = choose_backend(attention, config, x_BTD.dtype, tokens_BT.shape[1], prefix_segment)
 
     def layer(x_BTD, scanned):
         weights, window, rope = scanned
+        weights = cast(weights, dtype) if dtype else weights
 
         def attend(q_BTHN, k_BTKN, v_BTKN):
             return attend_rows(config, backend, q_BTHN, k_BTKN, v_BTKN, positions_BT, segments_BT, window)

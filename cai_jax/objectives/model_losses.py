@@ -26,8 +26,8 @@ def sft_objective(config: ModelConfig, compute_dtype="float32", remat="none", at
 
     def objective(params, batch):
         hidden_BTD = hidden_states(
-            config, cast(params, compute_dtype), batch["tokens"], batch["positions"], batch["segments"], remat,
-            attention, prefix_segment=False,
+            config, params, batch["tokens"], batch["positions"], batch["segments"], remat, attention,
+            prefix_segment=False, dtype=compute_dtype,
         )  # fmt: skip
         next_BT, counts_BT = (jnp.roll(batch[name], -1, axis=1) for name in ("tokens", "targets"))
         counts_BT = counts_BT.at[:, -1].set(0)  # the last position predicts nothing
@@ -51,9 +51,8 @@ def reward_objective(
 
     def objective(params, batch):
         values_BT = values(
-            config, cast(params, compute_dtype), batch["tokens"], batch["positions"], batch["segments"], remat,
-            attention,
-        )  # fmt: skip
+            config, params, batch["tokens"], batch["positions"], batch["segments"], remat, attention, compute_dtype
+        )
         first_B, second_B = jnp.take_along_axis(values_BT, batch["last"], axis=1).T
         terms_B = pairwise.bradley_terry_terms(first_B, second_B, batch["probability"], center=center)
         agrees_B = (first_B > second_B) == (batch["probability"] > 0.5)
@@ -145,7 +144,7 @@ def pair_logprobs(config, params, batch, kind="sigmoid", compute_dtype="float32"
     """Log-probs `[B, 2]` of the two responses of every row of `batches.pair_rows`, summed; for ipo means per token."""
     tokens_BT, positions_BT, segments_BT = batch["tokens"], batch["positions"], batch["segments"]
     hidden_BTD = hidden_states(
-        config, cast(params, compute_dtype), tokens_BT, positions_BT, segments_BT, remat, attention
+        config, params, tokens_BT, positions_BT, segments_BT, remat, attention, dtype=compute_dtype
     )
     # A token is predicted by the one before it in its text: for the first of a response the last of the prompt, which
     # stands at the index that is its position.
@@ -165,7 +164,7 @@ def completion_logprobs(
     """Log-probs and entropies `[B, N]` of the last N tokens of every row under softmax(logits / temperature)."""
     start = tokens_BT.shape[1] - mask_BN.shape[1]
     hidden_BTD = hidden_states(
-        config, cast(params, compute_dtype), tokens_BT, positions_BT, remat=remat, attention=attention
+        config, params, tokens_BT, positions_BT, remat=remat, attention=attention, dtype=compute_dtype
     )
     head = _head(config, params, compute_dtype)
     return token_logprobs(hidden_BTD[:, start - 1 : -1], head, tokens_BT[:, start:], temperature=temperature)
@@ -177,7 +176,7 @@ def completion_values(
     """Value `[B, N]` of the state before each of the last N tokens."""
     start = tokens_BT.shape[1] - mask_BN.shape[1]
     values_BT = values(
-        config, cast(params, compute_dtype), tokens_BT, positions_BT, remat=remat, attention=attention
+        config, params, tokens_BT, positions_BT, remat=remat, attention=attention, dtype=compute_dtype
     )
     return values_BT[:, start - 1 : -1]
 

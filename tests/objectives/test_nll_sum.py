@@ -15,7 +15,7 @@ def arrays():
     rng = np.random.default_rng(0)
     hidden = jnp.asarray(rng.standard_normal((B, T, D)), jnp.float32)
     weights = {"lm_head": jnp.asarray(rng.standard_normal((D, V)), jnp.float32)}
-    return weights, hidden, rng.integers(0, V, (B, T)), rng.integers(0, 2, (B, T))
+    return weights, hidden, rng.integers(0, V, (B, T)).astype(np.int32), rng.integers(0, 2, (B, T))
 
 
 def head(weights, hidden):
