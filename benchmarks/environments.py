@@ -34,6 +34,8 @@ ENVIRONMENTS = {
         },
     ),  # fmt: skip
     "tunix": Environment(("google-tunix==0.1.7", "jax==0.10.2")),
+    # The last TRL with PPO.
+    "trl": Environment(("torch==2.13.0", "trl==1.12.0", "transformers==5.23.0", "datasets==5.2.0", "Jinja2>=3.1,<4")),
 }
 
 

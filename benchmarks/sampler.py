@@ -44,7 +44,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The options; lists are comma-separated names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, known in (("engines", tuple(SCRIPTS)), ("parts", PARTS), ("precisions", PRECISIONS)):
-        parser.add_argument(f"--{name}", type=_names(known), default=known, help=f"of {','.join(known)}")
+        parser.add_argument(f"--{name}", type=names_of(known), default=known, help=f"of {','.join(known)}")
     parser.add_argument("--repeats", type=int, default=3, help="measurements of each, medians are shown")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, help="file for every single measurement")
@@ -54,7 +54,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def _names(known: tuple[str, ...]):
+def names_of(known: tuple[str, ...]):
     def names(text: str) -> tuple[str, ...]:
         wanted = tuple(part.strip() for part in text.split(","))
         if unknown := [name for name in wanted if name not in known]:

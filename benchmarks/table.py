@@ -86,10 +86,10 @@ def _lines(found: dict, part: str, precision: str, limits: dict) -> list[str]:
                 ))  # fmt: skip
         if part == "plain" and rows in limits.get(precision, {}):
             cells.append((str(rows), "machine's limit", "", f"{limits[precision][rows]:.1f}", "", "", "", ""))
-    return _aligned(cells)
+    return aligned(cells)
 
 
-def _aligned(cells: list[tuple[str, ...]]) -> list[str]:
+def aligned(cells: list[tuple[str, ...]]) -> list[str]:
     """Columns of equal width: names on the left, numbers on the right."""
     columns = []
     for column in zip(*cells, strict=True):

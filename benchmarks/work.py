@@ -50,16 +50,17 @@ def _point(tokenizer, rows: int) -> dict:
     """Three sets of prompts of exactly PLAIN_TOKENS tokens, no two of them alike."""
     sets = []
     for part in range(3):
-        conversations = [_conversation(tokenizer, part * rows + row) for row in range(rows)]
+        conversations = [exact_conversation(tokenizer, part * rows + row) for row in range(rows)]
         sets.append({"conversations": conversations, "ids": [encode_chat(tokenizer, c) for c in conversations]})
     return {"rows": rows, "new_tokens": PLAIN_TOKENS, "sets": sets}
 
 
-def _conversation(tokenizer, number: int) -> list[dict]:
+def exact_conversation(tokenizer, number: int, tokens: int = PLAIN_TOKENS) -> list[dict]:
+    """A question of exactly so many tokens, its template and the start of an answer included; each number its own."""
     words = [str(number)]
     while True:
         conversation = [{"role": "user", "content": " ".join(words)}]
-        missing = PLAIN_TOKENS - len(encode_chat(tokenizer, conversation))
+        missing = tokens - len(encode_chat(tokenizer, conversation))
         if missing == 0:
             return conversation
         if missing > 0:
@@ -67,4 +68,4 @@ def _conversation(tokenizer, number: int) -> list[dict]:
         elif words[-1] != FILLER:
             words[-1] = FILLER
         else:
-            raise ValueError(f"no prompt of {PLAIN_TOKENS} tokens from the words at hand for this tokenizer")
+            raise ValueError(f"no prompt of {tokens} tokens from the words at hand for this tokenizer")

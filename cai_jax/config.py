@@ -19,7 +19,8 @@ class Model:
     source: str  # a Hugging Face folder, a hub id, a .gguf file, or random:<family> (tests)
     dtype: str = "float32"  # stored parameters and optimizer moments
     compute_dtype: str = "float32"  # operands of matrix products; products accumulate in float32
-    remat: str = "none"  # training memory: "none" keeps activations, "full" recomputes each layer
+    remat: str = "none"  # training memory: "none" keeps all, "dots" the results of products, "full" layers' inputs only
+    attention: str = "auto"  # "xla", "splash" (TPU), "cudnn" (GPU), or "auto": by device; all give the same
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from jax.sharding import PartitionSpec as P
 from cai_jax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
-ROWS = P(("data", "fsdp"))
+ROW_AXES = ("data", "fsdp")
+ROWS = P(ROW_AXES)
 
 # The end of a leaf's name decides. Layers are stacked: their first axis is L. `kernel` and `scale_O` are the parts of
 # an Int8 kernel; `base`, `a_IR` and `b_RO` those of a Lora kernel, whose rank is never split.
@@ -105,6 +106,25 @@ def decoding_shardings(mesh, tree):
         return NamedSharding(mesh, P(*(axis if axis == "tensor" else None for axis in spec)))
 
     return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def row_shards() -> int:
+    """Parts that rows are split into on the mesh in use (`jax.set_mesh`); 1 without one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def by_rows(x):
+    """Inside a jitted function: `x` with its rows split over the mesh in use, where there is one that divides them."""
+    if jax.sharding.get_abstract_mesh().size <= 1 or x.shape[0] % row_shards():
+        return x
+    return jax.lax.with_sharding_constraint(x, ROWS)
+
+
+def by_table(tree):
+    """Inside a jitted function: leaves where the table puts them on the mesh in use, where there is one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return tree if mesh.size <= 1 else jax.lax.with_sharding_constraint(tree, shardings(mesh, tree))
 
 
 def _check_divides(mesh, name, shape, spec):

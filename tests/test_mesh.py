@@ -48,11 +48,13 @@ print(json.dumps({"tokens": [s.tokens for s in samples], "losses": losses, "spli
 """
 
 
+EIGHT = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+
+
 def on_devices(*shape) -> dict:
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
     result = subprocess.run(
         [sys.executable, "-c", EIGHT_DEVICES, json.dumps(shape)], capture_output=True, text=True,
-        env={**os.environ, "XLA_FLAGS": flags},
+        env={**os.environ, "XLA_FLAGS": EIGHT},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout.splitlines()[-1])
@@ -65,6 +67,87 @@ def test_training_and_sampling_give_the_same_numbers_on_eight_devices():
         assert split["tokens"] == alone["tokens"]
         np.testing.assert_allclose(split["losses"], alone["losses"], rtol=1e-5)
         assert (split["split_moments"] > 0) == (shape[1] * shape[2] > 1)
+
+
+EVERY_OBJECTIVE = """
+import json, sys
+import jax, numpy as np
+from cai_jax import config as configs, load_model
+from cai_jax.mesh import make_mesh, put_rows, shardings
+from cai_jax.objectives import model_losses as losses
+from cai_jax.training.batches import pair_rows
+from cai_jax.training.step import start_training
+
+shapes, microbatches, attention = json.loads(sys.argv[1])
+rng = np.random.default_rng(0)
+B, T, P, N = 16, 24, 10, 14
+policy, reward = load_model("random:llama"), load_model("random:llama", kind="reward", seed=1)
+tokens = rng.integers(3, 250, (B, T)).astype(np.int32)
+noise = rng.standard_normal((6, B, N)).astype(np.float32)
+lengths = rng.integers(2, N, B)
+packed = {"tokens": tokens, "positions": np.tile(np.arange(T // 2, dtype=np.int32), (B, 2)),
+          "segments": np.repeat([[1, 2]], T // 2, 1).repeat(B, 0).astype(np.int32),
+          "targets": (rng.random((B, T)) < np.linspace(0.1, 1, B)[:, None]).astype(np.int32)}
+pairs = pair_rows([[rng.integers(3, 250, rng.integers(3, 9)).tolist() for _ in "pab"] for _ in range(B)], T)
+real = (np.arange(B) % 5 > 0).astype(np.int32)
+places = np.arange(T) - rng.integers(0, P, B)[:, None]
+rollouts = {"tokens": tokens, "positions": np.where((places >= 0) & (np.arange(T) < P + lengths[:, None]), places, -1),
+            "mask": (np.arange(N) < lengths[:, None]).astype(np.int32), "old_logprobs": noise[0] * .1 - 5,
+            "old_values": noise[1], "advantages": noise[2], "returns": noise[3]}
+work = {
+    "sft": (losses.sft_objective(policy.config, attention=attention), {"p": policy.params}, packed),
+    "pairwise": (losses.reward_objective(reward.config), {"p": reward.params},
+                 {**pairs, "probability": rng.random(B).astype(np.float32), "real": real}),
+    "dpo": (losses.dpo_objective(policy.config, beta=0.1), {"p": policy.params},
+            {**pairs, "ref_logprobs": -20 * rng.random((B, 2)).astype(np.float32), "real": real}),
+    "ppo": (losses.ppo_objective(policy.config, reward.config, temperature=0.7, clip=0.2, value_clip=0.2,
+                                 value_coef=0.1, attention=attention),
+            {"p": {"policy": policy.params, "value": reward.params}}, rollouts),
+}
+found = {}
+for shape in shapes:
+    mesh = make_mesh(configs.Mesh(*shape), jax.devices()[: np.prod(shape)])
+    for name, (objective, params, batch) in work.items():
+        params = jax.device_put(params["p"], shardings(mesh, params["p"]))
+        settings = configs.Optimizer(learning_rate=1e-2, schedule="constant", warmup_fraction=0.0)
+        state, step = start_training(objective, params, settings, 9, mesh, microbatches)
+        rows = []
+        for _ in range(2):
+            state, metrics = step(state, put_rows(mesh, batch))
+            rows.append({key: float(x) for key, x in metrics.items()})
+        found.setdefault(name, []).append(rows)
+print(json.dumps(found))
+"""
+
+
+def steps_of_every_objective(shapes, microbatches, attention="auto"):
+    """Objective -> for each mesh shape -> metrics of two steps."""
+    result = subprocess.run(
+        [sys.executable, "-c", EVERY_OBJECTIVE, json.dumps([shapes, microbatches, attention])],
+        capture_output=True, text=True, env={**os.environ, "XLA_FLAGS": EIGHT},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def assert_meshes_agree(found):
+    for name, (alone, *others) in found.items():
+        assert alone[0]["loss"] != alone[1]["loss"], name
+        for split in others:
+            for one, other in zip(alone, split, strict=True):
+                for key, value in one.items():
+                    np.testing.assert_allclose(other[key], value, rtol=1e-5, atol=1e-6, err_msg=f"{name} {key}")
+
+
+def test_every_objective_gives_the_same_numbers_on_one_and_on_eight_devices():
+    assert_meshes_agree(steps_of_every_objective([(1, 1, 1), (2, 2, 2)], microbatches=2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("microbatches, attention", [(1, "auto"), (4, "auto"), (1, "splash")])
+def test_every_objective_gives_the_same_numbers_on_every_mesh(microbatches, attention):
+    shapes = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 4, 2), (4, 1, 2)]
+    assert_meshes_agree(steps_of_every_objective(shapes, microbatches, attention))
 
 
 TWO_PROCESSES = """

@@ -3,14 +3,21 @@
 import jax.numpy as jnp
 
 from cai_jax.models.families import ModelConfig
-from cai_jax.models.kernels import dot
+from cai_jax.models.kernels import cast, dot
 from cai_jax.models.transformer import hidden_states, positions_from_mask
 
 
-def values(config: ModelConfig, params, tokens_BT, positions_BT, segments_BT=None, remat="none"):
-    """The scalar head at every position, `[B, T]` float32. `params` hold a `score` kernel `[D, 1]`."""
-    hidden_BTD = hidden_states(config, params, tokens_BT, positions_BT, segments_BT, remat)
-    return dot(hidden_BTD, params["score"])[..., 0]
+def values(
+    config: ModelConfig, params, tokens_BT, positions_BT, segments_BT=None, remat="none", attention="auto", dtype=None
+):
+    """The scalar head at every position, `[B, T]` float32. `params` hold a `score` kernel `[D, 1]`.
+
+    For `remat`, `attention` and `dtype` see `transformer.hidden_states`.
+    """
+    hidden_BTD = hidden_states(
+        config, params, tokens_BT, positions_BT, segments_BT, remat, attention, dtype=dtype
+    )
+    return dot(hidden_BTD, cast(params["score"], dtype) if dtype else params["score"])[..., 0]
 
 
 def reward(config: ModelConfig, params, tokens_BT, mask_BT=None):

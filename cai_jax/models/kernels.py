@@ -8,6 +8,7 @@ Letters: I inputs, O outputs, R rank of an adapter, B rows.
 """
 
 import math
+from functools import partial
 
 import flax.struct
 import jax
@@ -80,23 +81,49 @@ def dot(x, kernel):
             return _rows_major(x, kernel.kernel_OI)
         # Decided when the program is lowered: a CPU may compile for chips that are elsewhere.
         return jax.lax.platform_dependent(x, kernel.kernel_OI, cpu=_feature_major, default=_rows_major)
-    return _product(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+    return product(f"{_rows(x)}i,io->{_rows(x)}o", x.astype(kernel.dtype), kernel)
+
+
+def _rows(x) -> str:
+    """A letter for each axis of activations but the last."""
+    return "abcdefgh"[: x.ndim - 1]
 
 
 def _rows_major(x, kernel_OI):
-    return _product(x, kernel_OI, (((x.ndim - 1,), (1,)), ((), ())))
+    return product(f"{_rows(x)}i,oi->{_rows(x)}o", x.astype(kernel_OI.dtype), kernel_OI)
 
 
 def _feature_major(x, kernel_OI):
     """Weights times activations `[I, B]`. The barriers keep the compiler from turning it into the other form."""
     x_IB = jax.lax.optimization_barrier(x.reshape(-1, x.shape[-1]).T.astype(kernel_OI.dtype))
-    y_OB = jax.lax.optimization_barrier(_product(kernel_OI, x_IB, (((1,), (0,)), ((), ()))))
+    y_OB = jax.lax.optimization_barrier(product("oi,ib->ob", kernel_OI, x_IB))
     return y_OB.T.reshape(*x.shape[:-1], -1)
 
 
-def _product(x, kernel, dimension_numbers):
-    accumulator = jnp.promote_types(kernel.dtype, jnp.float32)
-    return jax.lax.dot_general(x.astype(kernel.dtype), kernel, dimension_numbers, preferred_element_type=accumulator)
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def product(form, x, y):
+    """`einsum` of two arrays of one dtype with float32 sums and result; every letter is in two of its three terms.
+
+    In the backward pass the incoming gradient is rounded to that dtype, so the two products of the gradient are as
+    fast as the forward one: by itself a derivative would multiply float32 with bfloat16.
+    """
+    return jnp.einsum(form, x, y, preferred_element_type=jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _product_forward(form, x, y):
+    return product(form, x, y), (x, y)
+
+
+def _product_backward(form, operands, gradient):
+    x, y = operands
+    of_x, of_y, of_result = form.replace("->", ",").split(",")
+    gradient = gradient.astype(x.dtype)
+    to_x = product(f"{of_result},{of_y}->{of_x}", gradient, y)
+    to_y = product(f"{of_x},{of_result}->{of_y}", x, gradient)
+    return to_x.astype(x.dtype), to_y.astype(y.dtype)
+
+
+product.defvjp(_product_forward, _product_backward)
 
 
 def cast(params, dtype):

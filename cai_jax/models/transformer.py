@@ -4,17 +4,27 @@ Letters: B rows, T tokens, S keys, L layers, D model, F feed-forward, H query he
 G query heads a key/value head, N head size, V vocabulary.
 
 A token has a position; a pad has position -1. Who sees whom follows from positions (and segments, where sequences
-are packed) alone, so left padding, right padding, packing and a key/value cache are one rule.
+are packed) alone (attention.visible), so left padding, right padding, packing and a key/value cache are one rule.
 """
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
+from cai_jax.mesh import by_rows
+from cai_jax.models.attention import attend as attend_rows
+from cai_jax.models.attention import choose_backend, softcap
 from cai_jax.models.families import ModelConfig, inverse_frequencies
-from cai_jax.models.kernels import Transposed, dot
+from cai_jax.models.kernels import Transposed, cast, dot
 
-NEGATIVE = -1e30  # finite: a row that sees nothing must not become NaN
+# What the backward pass finds of a layer beside its input, by name of a policy; "none" keeps everything.
+REMAT = {
+    # Nothing: the least memory, for a third more products.
+    "full": None,
+    # What products make: norms, rotation, activation and scores are done again, which are few FLOPs and much memory.
+    "dots": jax.checkpoint_policies.save_only_these_names("q", "k", "v", "mixed", "attention_out", "gate", "up"),
+}
 
 
 def forward(config: ModelConfig, params, tokens_BT, mask_BT=None):
@@ -35,25 +45,38 @@ def positions_from_mask(tokens_BT, mask_BT=None):
     return jnp.where(mask_BT > 0, jnp.cumsum(mask_BT, axis=1) - 1, -1)
 
 
-def hidden_states(config: ModelConfig, params, tokens_BT, positions_BT, segments_BT=None, remat="none"):
-    """Final-norm hidden states `[B, T, D]`, float32.
+def hidden_states(
+    config: ModelConfig, params, tokens_BT, positions_BT, segments_BT=None, remat="none", attention="auto",
+    prefix_segment=True, dtype=None,
+):  # fmt: skip
+    """Final-norm hidden states `[B, T, D]`.
 
-    `segments_BT` keeps packed sequences apart; `remat="full"` recomputes each layer in the backward pass.
+    Args:
+      segments_BT: keeps packed sequences apart.
+      remat: "none", or a policy of REMAT: what a layer does again in the backward pass.
+      attention: one of `attention.BACKENDS`; all give the same.
+      prefix_segment: whether segment 0 holds tokens that its whole row sees. False promises that it holds pads only,
+        which is what a kernel needs.
+      dtype: of products' operands and of the activations between them, by default that of the embeddings; norms,
+        rotation, softmax and sums are in float32. Each layer's weights are cast when the layer runs, so that there is
+        never a second copy of all of them, nor of their gradients.
     """
-    x_BTD = embed(config, params, tokens_BT)
+    x_BTD = by_rows(embed(config, params, tokens_BT).astype(dtype or params["embed"].dtype))
     rope_RBTN = rope_tables(config, positions_BT)
+    prefix_segment = prefix_segment and segments_BT is not None
+    backend = choose_backend(attention, config, x_BTD.dtype, tokens_BT.shape[1], prefix_segment)
 
     def layer(x_BTD, scanned):
         weights, window, rope = scanned
+        weights = cast(weights, dtype) if dtype else weights
 
         def attend(q_BTHN, k_BTKN, v_BTKN):
-            visible_BTS = visible(positions_BT, positions_BT, window, segments_BT, segments_BT)
-            return attention(config, q_BTHN, k_BTKN, v_BTKN, visible_BTS)
+            return attend_rows(config, backend, q_BTHN, k_BTKN, v_BTKN, positions_BT, segments_BT, window)
 
-        return block(config, weights, x_BTD, rope_RBTN[rope], attend), None
+        return by_rows(block(config, weights, x_BTD, rope_RBTN[rope], attend)), None
 
-    if remat == "full":
-        layer = jax.checkpoint(layer)
+    if remat != "none":
+        layer = jax.checkpoint(layer, policy=REMAT[remat], prevent_cse=False)  # a scan's body cannot be merged
     windows_L, rope_of_layer_L = layer_data(config)
     with jax.named_scope("layers"):
         x_BTD, _ = jax.lax.scan(layer, x_BTD, (params["layers"], windows_L, rope_of_layer_L))
@@ -91,8 +114,8 @@ def block(config: ModelConfig, weights, x_BTD, rope_BTN, attend):
     with jax.named_scope("attention"):
         h_BTD = rms_norm(config, x_BTD, weights["attn_norm"])
         q_BTHN, k_BTKN, v_BTKN = project_qkv(config, weights, h_BTD, rope_BTN)
-        mixed = attend(q_BTHN, k_BTKN, v_BTKN).reshape(*x_BTD.shape[:-1], -1)
-        out_BTD = linear(weights, "o", mixed)
+        mixed = checkpoint_name(attend(q_BTHN, k_BTKN, v_BTKN).reshape(*x_BTD.shape[:-1], -1), "mixed")
+        out_BTD = checkpoint_name(linear(weights, "o", mixed), "attention_out")
         if config.post_norms:
             out_BTD = rms_norm(config, out_BTD, weights["attn_post_norm"])
         x_BTD = x_BTD + out_BTD
@@ -115,7 +138,8 @@ def project_qkv(config: ModelConfig, weights, h_BTD, rope_BTN):
     q, k, v = (x.reshape(*x.shape[:-1], heads, config.head_dim) for x, heads in zip(flat, sizes, strict=True))
     if config.qk_norm:
         q, k = rms_norm(config, q, weights["q_norm"]), rms_norm(config, k, weights["k_norm"])
-    return rotate(q, rope_BTN), rotate(k, rope_BTN), v
+    q, k = rotate(q, rope_BTN), rotate(k, rope_BTN)
+    return checkpoint_name(q, "q"), checkpoint_name(k, "k"), checkpoint_name(v, "v")
 
 
 def feed_forward(config: ModelConfig, weights, h_BTD):
@@ -124,24 +148,28 @@ def feed_forward(config: ModelConfig, weights, h_BTD):
         gate_BTF, up_BTF = jnp.split(linear(weights, "gate_up", h_BTD), 2, axis=-1)
     else:
         gate_BTF, up_BTF = linear(weights, "gate", h_BTD), linear(weights, "up", h_BTD)
+    gate_BTF, up_BTF = checkpoint_name(gate_BTF, "gate"), checkpoint_name(up_BTF, "up")
+    gate_BTF = gate_BTF.astype(jnp.promote_types(gate_BTF.dtype, jnp.float32))
     if config.activation == "silu":
         gate_BTF = jax.nn.silu(gate_BTF)
     else:
         gate_BTF = jax.nn.gelu(gate_BTF, approximate=True)
-    return linear(weights, "down", gate_BTF * up_BTF)
+    return linear(weights, "down", (gate_BTF * up_BTF).astype(h_BTD.dtype))
 
 
 def linear(weights, name, x):
-    """Product with a named kernel, plus its bias where there is one."""
+    """Product with a named kernel, plus its bias where there is one; in the dtype of `x`."""
     y = dot(x, weights[name])
     bias = weights.get(f"{name}_bias")
-    return y if bias is None else y + bias.astype(y.dtype)
+    return (y if bias is None else y + bias.astype(y.dtype)).astype(x.dtype)
 
 
 def rms_norm(config: ModelConfig, x, scale):
-    """Root-mean-square norm over the last axis, in float32; Gemma's scale counts from one."""
-    variance = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
-    return x * jax.lax.rsqrt(variance + config.norm_eps) * (config.norm_offset + scale.astype(x.dtype))
+    """Root-mean-square norm over the last axis, computed in float32; Gemma's scale counts from one."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+    normal = wide * jax.lax.rsqrt(variance + config.norm_eps) * (config.norm_offset + scale.astype(wide.dtype))
+    return normal.astype(x.dtype)
 
 
 def rope_tables(config: ModelConfig, positions_BT):
@@ -155,31 +183,4 @@ def rotate(x_BTHN, rope_BTN):
     """Rotary embedding in the split-halves form of Hugging Face."""
     cos, sin = jnp.split(rope_BTN[:, :, None, :], 2, axis=-1)
     first, second = jnp.split(x_BTHN, 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-
-
-def visible(query_positions_BT, key_positions_BS, window, query_segments_BT=None, key_segments_BS=None):
-    """Which keys a query may see `[B, T, S]`: real, not later, in the window, of its own segment or of segment 0."""
-    distance = query_positions_BT[:, :, None] - key_positions_BS[:, None, :]
-    seen = (distance >= 0) & (distance < window) & (key_positions_BS >= 0)[:, None, :]
-    if query_segments_BT is not None:
-        own = query_segments_BT[:, :, None] == key_segments_BS[:, None, :]
-        seen &= own | (key_segments_BS == 0)[:, None, :]
-    return seen
-
-
-def attention(config: ModelConfig, q_BTHN, k_BSKN, v_BSKN, visible_BTS):
-    """Grouped-query attention in plain XLA; scores and softmax in float32. Returns `[B, T, H, N]`."""
-    rows, length, heads, size = q_BTHN.shape
-    q_BTKGN = q_BTHN.reshape(rows, length, config.n_kv_heads, -1, size)
-    scores = jnp.einsum("btkgn,bskn->bkgts", q_BTKGN, k_BSKN, preferred_element_type=q_BTHN.dtype)
-    scores = softcap(scores * config.query_scale, config.attn_softcap)
-    scores = jnp.where(visible_BTS[:, None, None], scores, NEGATIVE)
-    probabilities = jax.nn.softmax(scores, axis=-1).astype(v_BSKN.dtype)
-    mixed = jnp.einsum("bkgts,bskn->btkgn", probabilities, v_BSKN, preferred_element_type=q_BTHN.dtype)
-    return mixed.reshape(rows, length, heads, size)
-
-
-def softcap(x, cap):
-    """Gemma 2's soft cap, `cap * tanh(x / cap)`; 0 is off."""
-    return cap * jnp.tanh(x / cap) if cap else x
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTHN.dtype)

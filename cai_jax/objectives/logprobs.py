@@ -6,6 +6,10 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from cai_jax.mesh import row_shards
+
+CHUNK = 1024  # tokens a device whose logits exist at once
+
 
 def as_float(x):
     """x as a floating array of at least float32: integers and half precision are raised, float64 is kept."""
@@ -41,13 +45,14 @@ def token_logprobs(
     targets_BT: jax.Array,
     *,
     temperature: float | jax.Array = 1.0,
-    chunk: int = 1024,
+    chunk: int = CHUNK,
     softcap: float = 0.0,
 ):
     """Log-prob of each target and entropy of each distribution, with never more than `chunk` rows of logits.
 
     The logits [B, T, V] are the largest array of a training step; here a slab of positions of all rows is
-    projected, reduced and dropped, and projected again in the backward pass.
+    projected, reduced and dropped, and projected again in the backward pass. A single slab is kept instead: its
+    gradient, which is as large, will exist anyway.
 
     Args:
       hidden_BTD: final hidden states; position t predicts targets_BT[:, t], so the caller shifts the targets.
@@ -57,25 +62,14 @@ def token_logprobs(
       targets_BT: token ids. Positions that do not count may hold any id, -100 too: the result there is finite
         and means nothing.
       temperature: divides the (capped) logits, as in sampling; above 0.
-      chunk: tokens, over all rows and devices, whose logits exist at once.
+      chunk: tokens a device, over its rows, whose logits exist at once.
       softcap: logits become softcap * tanh(logits / softcap); 0 is off (Gemma 2, arXiv 2408.00118, section 2).
 
     Returns:
       logprobs_BT and entropy_BT, in nats, in the dtype of the logits.
     """
     rows, length, _ = hidden_BTD.shape
-    width = min(length, max(1, chunk // rows))
-    slabs = -(-length // width)
 
-    def to_slabs(x_BT):  # [B, T, ...] -> [slabs, B, width, ...]; all rows in each slab keep their sharding
-        padding = [(0, 0), (0, slabs * width - length)] + [(0, 0)] * (x_BT.ndim - 2)
-        padded = jnp.pad(x_BT, padding)
-        return jnp.moveaxis(padded.reshape(rows, slabs, width, *x_BT.shape[2:]), 1, 0)
-
-    def from_slabs(x):
-        return jnp.moveaxis(x, 0, 1).reshape(rows, slabs * width)[:, :length]
-
-    @jax.checkpoint
     def slab_logprobs(slab):
         hidden, targets = slab
         logits = head(hidden)
@@ -83,8 +77,31 @@ def token_logprobs(
             logits = softcap * jnp.tanh(logits / softcap)
         return logprobs_and_entropy(logits / temperature, targets)
 
-    logprobs, entropy = jax.lax.map(slab_logprobs, (to_slabs(hidden_BTD), to_slabs(targets_BT)))
-    return from_slabs(logprobs), from_slabs(entropy)
+    if slab_width(rows, length, chunk) >= length:
+        return slab_logprobs((hidden_BTD, targets_BT))
+    slabs = to_slabs(hidden_BTD, chunk), to_slabs(targets_BT, chunk)
+    logprobs, entropy = jax.lax.map(jax.checkpoint(slab_logprobs), slabs)
+    return from_slabs(logprobs, length), from_slabs(entropy, length)
+
+
+def slab_width(rows: int, length: int, chunk: int) -> int:
+    """Positions of a slab: those of all rows together are about `chunk` tokens a device."""
+    return min(length, max(1, chunk * row_shards() // rows))
+
+
+def to_slabs(x_BT, chunk):
+    """[B, T, ...] -> [slabs, B, width, ...]: all rows are in each slab, so that they stay where they are."""
+    rows, length = x_BT.shape[:2]
+    width = slab_width(rows, length, chunk)
+    slabs = -(-length // width)
+    padding = [(0, 0), (0, slabs * width - length)] + [(0, 0)] * (x_BT.ndim - 2)
+    return jnp.moveaxis(jnp.pad(x_BT, padding).reshape(rows, slabs, width, *x_BT.shape[2:]), 1, 0)
+
+
+def from_slabs(x, length):
+    """The inverse, without the padding."""
+    slabs, rows, width = x.shape[:3]
+    return jnp.moveaxis(x, 0, 1).reshape(rows, slabs * width, *x.shape[3:])[:, :length]
 
 
 def logprobs_and_entropy(logits, targets):

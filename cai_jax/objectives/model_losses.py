@@ -4,6 +4,8 @@ Each builder returns an objective for `training.step`: `(params, batch) -> (sum 
 Batches are dicts of arrays with rows first; what is in them stands with each builder.
 """
 
+from functools import partial
+
 import jax.numpy as jnp
 
 from cai_jax.models.families import ModelConfig
@@ -11,11 +13,11 @@ from cai_jax.models.heads import values
 from cai_jax.models.kernels import cast
 from cai_jax.models.transformer import hidden_states, unembed
 
-from . import pairwise, ppo, sft
-from .logprobs import masked_sum, token_logprobs
+from . import dpo, pairwise, ppo, sft
+from .logprobs import masked_fill, masked_sum, token_logprobs
 
 
-def sft_objective(config: ModelConfig, compute_dtype="float32", remat="none"):
+def sft_objective(config: ModelConfig, compute_dtype="float32", remat="none", attention="auto"):
     """Negative log-likelihood of completion tokens in packed rows.
 
     Batch: `tokens`, `positions`, `segments`, `targets` (1 at completion tokens), `[B, T]` each; see `batches.pack`.
@@ -24,17 +26,21 @@ def sft_objective(config: ModelConfig, compute_dtype="float32", remat="none"):
 
     def objective(params, batch):
         hidden_BTD = hidden_states(
-            config, cast(params, compute_dtype), batch["tokens"], batch["positions"], batch["segments"], remat
-        )
-        head = _head(config, params, compute_dtype)
-        logprobs_BT, _ = token_logprobs(hidden_BTD[:, :-1], head, batch["tokens"][:, 1:])
-        loss, count = sft.token_loss_sums(logprobs_BT, batch["targets"][:, 1:])
-        return loss, count, {}
+            config, params, batch["tokens"], batch["positions"], batch["segments"], remat, attention,
+            prefix_segment=False, dtype=compute_dtype,
+        )  # fmt: skip
+        next_BT, counts_BT = (jnp.roll(batch[name], -1, axis=1) for name in ("tokens", "targets"))
+        counts_BT = counts_BT.at[:, -1].set(0)  # the last position predicts nothing
+        head = partial(_logits, config, compute_dtype)
+        loss = sft.nll_sum(head, head_weights(config, params), hidden_BTD, next_BT, counts_BT)
+        return loss, jnp.sum(counts_BT > 0, dtype=jnp.float32), {}
 
     return objective
 
 
-def reward_objective(config: ModelConfig, compute_dtype="float32", remat="none", center=0.0, tie=0.0):
+def reward_objective(
+    config: ModelConfig, compute_dtype="float32", remat="none", center=0.0, tie=0.0, attention="auto"
+):
     """Bradley-Terry with soft targets on pairs.
 
     Batch: pairs as rows of `batches.pair_rows`, each a prompt and its two responses: `tokens`, `positions`,
@@ -45,7 +51,7 @@ def reward_objective(config: ModelConfig, compute_dtype="float32", remat="none",
 
     def objective(params, batch):
         values_BT = values(
-            config, cast(params, compute_dtype), batch["tokens"], batch["positions"], batch["segments"], remat
+            config, params, batch["tokens"], batch["positions"], batch["segments"], remat, attention, compute_dtype
         )
         first_B, second_B = jnp.take_along_axis(values_BT, batch["last"], axis=1).T
         terms_B = pairwise.bradley_terry_terms(first_B, second_B, batch["probability"], center=center)
@@ -71,6 +77,7 @@ def ppo_objective(
     value_clip: float,
     value_coef: float,
     value_offset: float = 0.0,
+    attention: str = "auto",
 ):
     """Clipped policy loss plus clipped value loss; `params` are `{"policy": ..., "value": ...}`.
 
@@ -84,9 +91,10 @@ def ppo_objective(
         mask = batch["mask"]
         arrays = batch["tokens"], batch["positions"], mask
         logprobs_BN, entropy_BN = completion_logprobs(
-            config, params["policy"], *arrays, temperature, compute_dtype, remat
+            config, params["policy"], *arrays, temperature, compute_dtype, remat, attention
         )
-        values_BN = completion_values(value_config, params["value"], *arrays, compute_dtype, remat) - value_offset
+        values_BN = completion_values(value_config, params["value"], *arrays, compute_dtype, remat, attention)
+        values_BN = values_BN - value_offset
         policy_BN, policy_metrics = ppo.policy_terms(
             logprobs_BN, batch["old_logprobs"], batch["advantages"], mask, clip
         )
@@ -105,23 +113,85 @@ def ppo_objective(
     return objective
 
 
+def dpo_objective(
+    config: ModelConfig, compute_dtype="float32", remat="none", *, beta: float, kind="sigmoid", smoothing=0.0,
+    attention="auto",
+):  # fmt: skip
+    """Direct preference optimization on pairs; the loss and its kinds stand in objectives/dpo.py.
+
+    Batch: pairs as rows of `batches.pair_rows` whose first response is the chosen one: `tokens`, `positions`,
+    `segments` `[B, T]`; `ref_logprobs` `[B, 2]`, the reference model's `pair_logprobs` of the same rows; `real` `[B]`
+    (0 for an empty row). The weight is the number of pairs; rewards are beta times the log-ratio to the reference.
+    """
+
+    def objective(params, batch):
+        logprobs_B2 = pair_logprobs(config, params, batch, kind, compute_dtype, remat, attention)
+        arrays = *logprobs_B2.T, *batch["ref_logprobs"].T
+        loss, count = masked_sum(dpo.terms(*arrays, beta, kind, smoothing), batch["real"])
+        rewards_B2 = beta * (logprobs_B2 - batch["ref_logprobs"])
+        sums = {
+            "accuracy": (rewards_B2[:, 0] > rewards_B2[:, 1]).astype(jnp.float32),
+            "margin": rewards_B2[:, 0] - rewards_B2[:, 1],
+            "chosen_reward": rewards_B2[:, 0],
+            "rejected_reward": rewards_B2[:, 1],
+        }
+        return loss, count, {name: masked_sum(x_B, batch["real"])[0] for name, x_B in sums.items()}
+
+    return objective
+
+
+def pair_logprobs(config, params, batch, kind="sigmoid", compute_dtype="float32", remat="none", attention="auto"):
+    """Log-probs `[B, 2]` of the two responses of every row of `batches.pair_rows`, summed; for ipo means per token."""
+    tokens_BT, positions_BT, segments_BT = batch["tokens"], batch["positions"], batch["segments"]
+    hidden_BTD = hidden_states(
+        config, params, tokens_BT, positions_BT, segments_BT, remat, attention, dtype=compute_dtype
+    )
+    # A token is predicted by the one before it in its text: for the first of a response the last of the prompt, which
+    # stands at the index that is its position.
+    first_BT = segments_BT != jnp.roll(segments_BT, 1, axis=1)
+    before_BT = jnp.where(first_BT, positions_BT - 1, jnp.arange(tokens_BT.shape[1]) - 1)
+    hidden_BTD = jnp.take_along_axis(hidden_BTD, jnp.maximum(before_BT, 0)[..., None], axis=1)
+    logprobs_BT, _ = token_logprobs(hidden_BTD, _head(config, params, compute_dtype), tokens_BT)
+    of_responses_BT2 = (segments_BT[..., None] == jnp.arange(1, 3)) & (positions_BT > 0)[..., None]
+    sums_B2 = masked_fill(logprobs_BT[..., None], of_responses_BT2).sum(axis=1)
+    return sums_B2 / jnp.maximum(of_responses_BT2.sum(axis=1), 1) if kind == "ipo" else sums_B2
+
+
 def completion_logprobs(
-    config, params, tokens_BT, positions_BT, mask_BN, temperature=1.0, compute_dtype="float32", remat="none"
-):
+    config, params, tokens_BT, positions_BT, mask_BN, temperature=1.0, compute_dtype="float32", remat="none",
+    attention="auto",
+):  # fmt: skip
     """Log-probs and entropies `[B, N]` of the last N tokens of every row under softmax(logits / temperature)."""
     start = tokens_BT.shape[1] - mask_BN.shape[1]
-    hidden_BTD = hidden_states(config, cast(params, compute_dtype), tokens_BT, positions_BT, remat=remat)
+    hidden_BTD = hidden_states(
+        config, params, tokens_BT, positions_BT, remat=remat, attention=attention, dtype=compute_dtype
+    )
     head = _head(config, params, compute_dtype)
     return token_logprobs(hidden_BTD[:, start - 1 : -1], head, tokens_BT[:, start:], temperature=temperature)
 
 
-def completion_values(config, params, tokens_BT, positions_BT, mask_BN, compute_dtype="float32", remat="none"):
+def completion_values(
+    config, params, tokens_BT, positions_BT, mask_BN, compute_dtype="float32", remat="none", attention="auto"
+):
     """Value `[B, N]` of the state before each of the last N tokens."""
     start = tokens_BT.shape[1] - mask_BN.shape[1]
-    return values(config, cast(params, compute_dtype), tokens_BT, positions_BT, remat=remat)[:, start - 1 : -1]
+    values_BT = values(
+        config, params, tokens_BT, positions_BT, remat=remat, attention=attention, dtype=compute_dtype
+    )
+    return values_BT[:, start - 1 : -1]
+
+
+def head_weights(config: ModelConfig, params) -> dict:
+    """The leaf that turns hidden states to logits, by its name."""
+    name = "embed" if config.tie_embeddings else "lm_head"
+    return {name: params[name]}
 
 
 def _head(config: ModelConfig, params, compute_dtype):
-    """Hidden states to logits. The cast stands inside, so that slabs add their gradients in the stored dtype."""
-    name = "embed" if config.tie_embeddings else "lm_head"
-    return lambda hidden: unembed(config, cast({name: params[name]}, compute_dtype), hidden)
+    """Hidden states to logits."""
+    return partial(_logits, config, compute_dtype, head_weights(config, params))
+
+
+def _logits(config: ModelConfig, compute_dtype, weights, hidden):
+    """The cast stands inside, so that slabs add their gradients in the stored dtype."""
+    return unembed(config, cast(weights, compute_dtype), hidden)

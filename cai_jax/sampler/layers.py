@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from cai_jax.models.attention import NEGATIVE, softcap
 from cai_jax.models.families import ModelConfig
-from cai_jax.models.transformer import NEGATIVE, block, rms_norm, rope_tables, scale_embedded, softcap
+from cai_jax.models.transformer import block, rms_norm, rope_tables, scale_embedded
 from cai_jax.sampler.cache import BLOCK, CPU_ORDERS, Cache, Entries, Strips, append, as_entries, block_of
 
 

@@ -4,7 +4,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from cai_jax.models.transformer import NEGATIVE
+from cai_jax.models.attention import NEGATIVE
 
 SPAN = 256  # tokens of the vocabulary whose probabilities are summed first
 

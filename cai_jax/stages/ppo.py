@@ -149,7 +149,7 @@ def objective(config, policy, value, bias: float):
     settings, shape = config.ppo, config.model
     return ppo_objective(
         policy, value, shape.compute_dtype, shape.remat, temperature=settings.response.temperature, clip=settings.clip,
-        value_clip=settings.value_clip, value_coef=settings.value_coef, value_offset=bias,
+        value_clip=settings.value_clip, value_coef=settings.value_coef, value_offset=bias, attention=shape.attention,
     )  # fmt: skip
 
 

@@ -95,8 +95,8 @@ def _loss_of(scores, pairs) -> float:
 
 def objective(config, model):
     """What the train step minimises, for a run's `Config` and a ModelConfig."""
-    shape = config.model
-    return reward_objective(model, shape.compute_dtype, shape.remat, config.reward_model.center, TIE)
+    shape, center = config.model, config.reward_model.center
+    return reward_objective(model, shape.compute_dtype, shape.remat, center, TIE, shape.attention)
 
 
 def _train(context, folder, model, pairs, held_out):

@@ -139,4 +139,5 @@ def _report(metrics) -> dict:
 
 def objective(config, model):
     """What the train step minimises, for a run's `Config` and a ModelConfig."""
-    return sft_objective(model, config.model.compute_dtype, config.model.remat)
+    shape = config.model
+    return sft_objective(model, shape.compute_dtype, shape.remat, shape.attention)

@@ -7,6 +7,7 @@ Where not all params train (adapters on a frozen model), `split` takes them apar
 moments for that alone; the rest is handed to each step, is not donated and gets no gradient; `join` puts them together.
 """
 
+import math
 import re
 from collections.abc import Callable
 from functools import partial
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import optax
 
 from cai_jax import config as configs
-from cai_jax.mesh import leaf_name, shardings
+from cai_jax.mesh import ROW_AXES, leaf_name, shardings
 
 
 @flax.struct.dataclass
@@ -123,7 +124,8 @@ def make_train_step(
 
     @partial(jax.value_and_grad, has_aux=True)
     def differentiate(trained, frozen, batch):
-        return _as_aux(objective(join(trained, frozen), batch))
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # for those who ask which mesh is in use
+            return _as_aux(objective(join(trained, frozen), batch))
 
     @partial(jax.jit, donate_argnums=0, out_shardings=(shardings(mesh, state), None))
     def step(state: TrainState, batch, frozen=None):
@@ -137,7 +139,7 @@ def make_train_step(
         if microbatches == 1:
             grads, loss, weight, sums = sums_of(batch)
         else:
-            parts = jax.tree.map(lambda x: x.reshape(microbatches, -1, *x.shape[1:]), batch)
+            parts = jax.tree.map(lambda x: _split_rows(x, microbatches, mesh), batch)
             first = jax.tree.map(lambda x: x[0], parts)
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(sums_of, first))
             (grads, loss, weight, sums), _ = jax.lax.scan(accumulate, zeros, parts)
@@ -150,6 +152,15 @@ def make_train_step(
         return TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1), metrics
 
     return step
+
+
+def _split_rows(x, parts: int, mesh):
+    """Rows in `parts` equal parts, `[parts, rows / parts, ...]`, each device's part made of its own rows."""
+    shards = math.prod(mesh.shape[axis] for axis in ROW_AXES)
+    if x.shape[0] % (shards * parts):
+        shards = 1
+    by_shard = x.reshape(shards, parts, -1, *x.shape[1:])
+    return by_shard.swapaxes(0, 1).reshape(parts, -1, *x.shape[1:])
 
 
 def _at_least_float32(x):

@@ -109,7 +109,7 @@ class Stubs:
         return subprocess.run(
             ["bash", str(self.root / "launch" / script), *arguments],
             capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=60,
-            env={"PATH": str(self.bin), "USER": "me"} | dict.fromkeys(("HOME", "TMPDIR"), str(self.place)) | environment,
+            env={"PATH": str(self.bin), "USER": "me", "HOME": str(self.place), "TMPDIR": str(self.place)} | environment,
         )  # fmt: skip
 
     def asked(self, name: str) -> list[list[str]]:

@@ -1,13 +1,21 @@
-"""The PPO objective on a small model: recorded log-probs, the temperature of the rollouts, padding."""
+"""PPO and DPO objectives on a small model: recorded log-probs, the temperature of the rollouts, padding, pairs."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cai_jax import Sampler, Sampling, load_model
+from cai_jax import Sampler, Sampling, forward, load_model
 from cai_jax.chat import encode_chat
-from cai_jax.objectives.model_losses import completion_logprobs, completion_values, ppo_objective
+from cai_jax.objectives import dpo
+from cai_jax.objectives.model_losses import (
+    completion_logprobs,
+    completion_values,
+    dpo_objective,
+    pair_logprobs,
+    ppo_objective,
+)
+from cai_jax.training.batches import pair_rows
 
 
 @pytest.fixture(autouse=True)
@@ -86,3 +94,57 @@ def test_values_are_read_before_each_token(policy):
     np.testing.assert_array_equal(before, changed)  # the last token is not seen by any value
     changed = completion_values(value.config, value.params, tokens.at[0, 3].set(100), positions, mask)
     assert before[0, 0] == changed[0, 0] and before[0, 1] != changed[0, 1]
+
+
+# DPO on pairs in one row
+
+
+@pytest.mark.parametrize("kind", ["sigmoid", "ipo"])
+def test_dpo_of_a_pair_in_one_row_is_dpo_of_its_two_texts(policy, kind):
+    rng = np.random.default_rng(2)
+    pairs = [[rng.integers(3, 200, rng.integers(3, 8)).tolist() for _ in "pab"] for _ in range(3)]
+    reference = load_model("random:llama", seed=5)
+
+    def slowly(params):
+        """Log-probs of each response after its prompt, a text at a time."""
+        table = []
+        for prompt, *responses in pairs:
+            for response in responses:
+                logits = forward(policy.config, params, jnp.asarray([prompt + response]))[0]
+                at = jax.nn.log_softmax(logits)[len(prompt) - 1 : -1]
+                chosen = at[np.arange(len(response)), np.asarray(response)]
+                table.append(float(chosen.mean() if kind == "ipo" else chosen.sum()))
+        return np.reshape(table, (3, 2))
+
+    ours, theirs = slowly(policy.params), slowly(reference.params)
+    batch = {**pair_rows([*pairs, ([], [], [])], 32), "real": np.array([1, 1, 1, 0])}
+    ref_logprobs = pair_logprobs(policy.config, reference.params, batch, kind)
+    np.testing.assert_allclose(ref_logprobs[:3], theirs, atol=1e-4)
+    objective = dpo_objective(policy.config, beta=0.3, kind=kind)
+    loss, count, sums = objective(policy.params, {**batch, "ref_logprobs": ref_logprobs})
+    want = dpo.loss(*ours.T, *theirs.T, 0.3, kind)
+    assert count == 3
+    np.testing.assert_allclose(loss / count, want, rtol=1e-4)
+    np.testing.assert_allclose(sums["margin"], 0.3 * np.sum((ours - theirs) @ [1, -1]), rtol=1e-3)
+
+
+def test_a_dpo_step_from_the_reference_prefers_the_chosen_response(policy):
+    rng = np.random.default_rng(3)
+    pairs = [[rng.integers(3, 200, 5).tolist() for _ in "pab"] for _ in range(2)]
+    batch = {**pair_rows(pairs, 16), "real": np.ones(2)}
+    batch["ref_logprobs"] = pair_logprobs(policy.config, policy.params, batch)
+    objective = dpo_objective(policy.config, beta=0.1)
+    (loss, slopes), (_, sums) = gradient_step(objective, policy.params, batch)
+    np.testing.assert_allclose(loss / 2, np.log(2), rtol=1e-6)  # no gap to the reference yet
+    moved = jax.tree.map(lambda x, slope: x - 0.05 * slope, policy.params, slopes)
+    later, _, sums = objective(moved, batch)
+    assert later < loss and sums["accuracy"] == 2
+
+
+def gradient_step(objective, params, batch):
+    def run(params):
+        loss, count, sums = objective(params, batch)
+        return loss, (count, sums)
+
+    (loss, more), slopes = jax.value_and_grad(run, has_aux=True)(params)
+    return (loss, slopes), more

@@ -101,11 +101,33 @@ def test_microbatches_of_a_bfloat16_model_add_up_in_float32():
     assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves((state.params, state.opt_state)) if leaf.ndim)
 
 
-def test_rematerialisation_changes_no_gradient(model):
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_rematerialisation_changes_no_gradient(model, remat):
     batch = unpacked(examples())
     _, plain = one_step(model, sft_objective(model.config), batch)
-    _, again = one_step(model, sft_objective(model.config, remat="full"), batch)
+    _, again = one_step(model, sft_objective(model.config, remat=remat), batch)
     np.testing.assert_allclose(plain["grad_norm"], again["grad_norm"], rtol=1e-5)
+
+
+def test_each_rematerialisation_policy_holds_less_than_the_one_before(model):
+    rows = {name: np.tile(x[:1], (16, 4)) for name, x in pack(examples(), 32).items()}
+
+    def held(remat, dtype="float32"):
+        gradient = jax.jit(jax.grad(lambda params: sft_objective(model.config, dtype, remat)(params, rows)[0]))
+        return gradient.lower(model.params).compile().memory_analysis().temp_size_in_bytes
+
+    sizes = [held(remat) for remat in ("none", "dots", "full")]
+    assert sizes[0] > 1.1 * sizes[1] > 1.1**2 * sizes[2]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_activations_between_layers_are_in_the_dtype_of_the_products(model, dtype):
+    """What a layer leaves for the backward pass under "full" is its input: the carry of the scan over layers."""
+    rows = unpacked(examples()[:1])
+    jaxpr = jax.make_jaxpr(lambda params: sft_objective(model.config, dtype)(params, rows)[0])(model.params)
+    scans = [equation for equation in jaxpr.jaxpr.eqns if equation.primitive.name == "scan"]
+    [layers] = [scan for scan in scans if scan.params["length"] == model.config.n_layers]
+    assert layers.outvars[0].aval.dtype == dtype
 
 
 def test_bfloat16_operands_stay_near_float32(model):
