@@ -39,7 +39,7 @@ class Speed:
     memory_bytes: int  # peak: of the fullest device, on a CPU of this process
 
     def __str__(self) -> str:
-        parts = [f"{self.seconds:.3g} s a step", f"{_si(self.flops_per_second)}FLOP/s"]
+        parts = [f"{self.seconds:.3g} s each", f"{_si(self.flops_per_second)}FLOP/s"]
         if self.mfu is not None:
             parts.append(f"{self.mfu:.1%} MFU")
         return ", ".join([*parts, f"{self.memory_bytes / 2**30:.1f} GiB"])

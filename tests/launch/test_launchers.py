@@ -106,10 +106,10 @@ class Stubs:
         path.chmod(0o755)
 
     def run(self, script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+        known = {"PATH": str(self.bin), "HOME": str(self.place), "USER": "me", "TMPDIR": str(self.place)}
         return subprocess.run(
-            ["bash", str(self.root / "launch" / script), *arguments], capture_output=True, text=True, stdin=subprocess.DEVNULL,
-            timeout=60, env={"PATH": str(self.bin), "HOME": str(self.place), "USER": "me",
-                             "TMPDIR": str(self.place), **environment},
+            ["bash", str(self.root / "launch" / script), *arguments], capture_output=True, text=True,
+            stdin=subprocess.DEVNULL, timeout=60, env=known | environment,
         )  # fmt: skip
 
     def asked(self, name: str) -> list[list[str]]:
