@@ -10,6 +10,7 @@ import contextlib
 import importlib.util
 import json
 import math
+import os
 import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -22,10 +23,22 @@ from cai_jax.provenance import MetricsFile, read_json, write_json
 
 
 def check_wandb(project: str) -> None:
-    """Raise UserError where Weights & Biases is asked for and not installed."""
-    spec = importlib.util.find_spec("wandb") if project else None
-    if project and (spec is None or spec.origin is None):  # without origin it is some folder of that name
+    """Raise UserError where Weights & Biases is asked for and not installed, or knows no login."""
+    if not project:
+        return
+    spec = importlib.util.find_spec("wandb")
+    if spec is None or spec.origin is None:  # without origin it is some folder of that name
         raise UserError(f"logging.wandb={project}: wandb is not installed; pip install wandb, or --set logging.wandb=")
+    if os.environ.get("WANDB_MODE", "online") != "online":
+        return
+    import wandb
+
+    try:
+        known = wandb.login(prompt=False)
+    except wandb.Error as error:
+        raise UserError(f"logging.wandb={project}: {error}; WANDB_MODE=offline writes to the run folder") from None
+    if not known:
+        raise UserError(f"logging.wandb={project}: no login; wandb login, or set WANDB_API_KEY or WANDB_MODE=offline")
 
 
 @dataclass(frozen=True)
@@ -39,7 +52,7 @@ class Speed:
     memory_bytes: int  # peak: of the fullest device, on a CPU of this process
 
     def __str__(self) -> str:
-        parts = [f"{self.seconds:.3g} s a step", f"{_si(self.flops_per_second)}FLOP/s"]
+        parts = [f"{self.seconds:.3g} s each", f"{_si(self.flops_per_second)}FLOP/s"]
         if self.mfu is not None:
             parts.append(f"{self.mfu:.1%} MFU")
         return ", ".join([*parts, f"{self.memory_bytes / 2**30:.1f} GiB"])

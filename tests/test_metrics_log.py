@@ -113,7 +113,7 @@ def test_mfu_is_the_share_of_the_published_peak_of_all_devices(tmp_path):
     with log.opened("step", 0):
         speed = log.append({"step": 1}, 65536, 1.0)
     assert speed.mfu == pytest.approx(42e9 * 65536 / (16 * 275e12))
-    assert str(speed).startswith("1 s a step, 2.75 PFLOP/s, 62.6% MFU, ")
+    assert str(speed).startswith("1 s each, 2.75 PFLOP/s, 62.6% MFU, ")
     assert scalars(tmp_path)["speed/mfu"] == [(1, pytest.approx(speed.mfu))]
 
 
@@ -170,7 +170,7 @@ def test_the_loop_logs_what_a_step_computes_and_takes(tmp_path, capsys):
     assert [line["loss"] for line in log.read()] == [0, 1, 2, 3, 4]
     assert log.read()[0]["accuracy"] is None
     last = (tmp_path / "log.txt").read_text().splitlines()[-1]
-    assert "loss 4" in last and "s a step" in last and "FLOP/s" in last and "GiB" in last
+    assert "loss 4" in last and "s each" in last and "FLOP/s" in last and "GiB" in last
     loop.run(0, advance, 6, NoCheckpoints(4), MetricsLog(tmp_path / "sft", 1e6, CPU), progress, "sft", "step")
     assert scalars(tmp_path / "sft")["metrics/loss"] == [(n + 1, n) for n in range(6)]
 
@@ -195,6 +195,7 @@ class FakeWandb(types.ModuleType):
     def __init__(self):
         super().__init__("wandb")
         self.runs, self.begun, self.finished = {}, [], 0
+        self.Error = RuntimeError
 
     def init(self, **arguments):
         self.begun.append(arguments)
@@ -231,6 +232,25 @@ def test_wandb_asked_for_and_not_installed_is_refused(monkeypatch, tmp_path):
     check_wandb("")
     with pytest.raises(UserError, match="logging.wandb=p: wandb is not installed; pip install wandb"):
         check_wandb("p")
+
+
+def test_wandb_without_a_login_is_refused_at_the_door(monkeypatch):
+    wandb = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: types.SimpleNamespace(origin="wandb/__init__.py"))
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    wandb.login = lambda prompt: prompt
+    with pytest.raises(UserError, match="logging.wandb=p: no login; wandb login, or set WANDB_API_KEY"):
+        check_wandb("p")
+
+    def unreachable(prompt):
+        raise wandb.Error("no network")
+
+    wandb.login = unreachable
+    with pytest.raises(UserError, match="logging.wandb=p: no network; WANDB_MODE=offline"):
+        check_wandb("p")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    check_wandb("p")
 
 
 @pytest.mark.skipif(bool(importlib.util.find_spec("wandb")), reason="wandb is installed here")

@@ -121,7 +121,7 @@ def _train(context, folder, frozen: Frozen, bias: float):
         trained = {key: np.mean([float(m[key]) for m in steps]) for key in steps[0] if key not in ("loss", "weight")}
         return state, report | trained, int((rollouts["positions"] >= 0).sum())
 
-    metrics_log = context.metrics_log(folder, flops_per_token(settings, frozen))
+    metrics_log = context.metrics_log(folder, flops_per_token(context.config, frozen))
     checkpoints = context.checkpoints(folder, settings.checkpoint_every)
     # What PPO maximises, score less KL, as the rollouts of the updates had it: those of each update's start.
     quality = context.quality(loop.mean_of("reward"))
@@ -131,16 +131,18 @@ def _train(context, folder, frozen: Frozen, bias: float):
     return join(state.params, kept), metrics_log.read()
 
 
-def flops_per_token(settings, frozen: Frozen) -> float:
+def flops_per_token(config, frozen: Frozen) -> float:
     """FLOPs of an update for each token of its rollouts, prompt and completion, at their greatest length.
 
     The policy writes; reference, value and reward model score; policy and value model are trained.
     """
     policy, value = frozen.reference.config, frozen.reward.config
+    settings, adapted = config.ppo, config.lora.rank > 0
     length = frozen.prompt_length + settings.response.max_new_tokens
     sampled = forward_flops(policy, 1, length)
     scored = forward_flops(policy, 1, length) + 2 * forward_flops(value, 1, length, unembedded=0)
-    trained = training_flops(policy, 1, length) + training_flops(value, 1, length, unembedded=0)
+    trained = training_flops(policy, 1, length, frozen=adapted)
+    trained += training_flops(value, 1, length, unembedded=0, frozen=adapted)
     return sampled + scored + settings.epochs * trained
 
 

@@ -113,7 +113,8 @@ def _train(context, folder, model, pairs, held_out):
     def quality(params, lines):
         return -_loss_of(_scores(context, model, params, held_out), held_out)
 
-    flops = training_flops(model.config, 1, source.mean_length, unembedded=0)
+    adapted = context.config.lora.rank > 0
+    flops = training_flops(model.config, 1, source.mean_length, unembedded=0, frozen=adapted)
     return train(context, folder, settings, loss, model.params, source, _report, flops, quality)
 
 

@@ -39,9 +39,9 @@ def run(context, folder) -> dict:
         raise UserError(f"sft: no example of {', '.join(kept)} can be used: {counters['empty_completion']} completions "
                         f"are empty and {counters['too_long']} exceed sft.sequence_length: raise that")
     loss = objective(context.config, context.base.config)
-    flops, quality = training_flops(context.base.config, 1, packing.mean_length), mean_of("loss", -1)
+    flops = training_flops(context.base.config, 1, packing.mean_length, frozen=context.config.lora.rank > 0)
     params, metrics = train(
-        context, folder, settings, loss, context.base.params, packing, _report, flops, quality
+        context, folder, settings, loss, context.base.params, packing, _report, flops, mean_of("loss", -1)
     )
     context.export(folder, context.base, params, "policy")
     return {

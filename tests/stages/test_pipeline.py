@@ -131,7 +131,7 @@ def test_numbers_are_in_event_files_and_timings(finished):
 def test_profile_traces_every_kind_of_work_and_says_where(finished):
     log = (finished / "log.txt").read_text()
     assert f"under {finished / 'profile'}" in log
-    for name in ("sft", "reward_model", "ppo", "critique_revision", "sft_helpful_samples"):
+    for name in ("critique_revision", "sft", "preferences_labels", "reward_model", "ppo", "evaluate_base"):
         assert list((finished / "profile" / name).glob("plugins/profile/*/*.xplane.pb")), f"no trace of {name}"
 
 

@@ -8,12 +8,13 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import pytest
 
 from cai_jax import interrupts
+from cai_jax.metrics_log import MetricsLog
 from cai_jax.progress import Progress
-from cai_jax.provenance import MetricsFile
 from cai_jax.training import loop
 from cai_jax.training.checkpoint import Checkpoints
 
@@ -28,7 +29,7 @@ def train(folder: Path, best=True, stop_at=None, number=signal.SIGTERM, losses=L
 
     return loop.run(
         {"w": jnp.zeros(2)}, advance, len(losses), Checkpoints(folder / "checkpoints", every, best=best),
-        MetricsFile(folder / "metrics.jsonl"), Progress(), "sft", "step", loop.mean_of("loss", -1) if best else None,
+        MetricsLog(folder, 1.0, jax.devices()), Progress(), "sft", "step", loop.mean_of("loss", -1) if best else None,
     )  # fmt: skip
 
 
