@@ -53,14 +53,27 @@ def test_an_adapter_of_peft_gives_the_logits_of_peft(base, adapted, merged):
     assert np.abs(plain - io["logits"]).max() > 0.05, "the adapter matters"
 
 
-def test_what_is_written_is_what_peft_wrote(adapted, tmp_path):
-    save_adapter(tmp_path / "adapter", adapted.config, adapted.params, "policy", "llama_tied")
-    theirs, ours = (load_file(folder / "adapter_model.safetensors") for folder in (ADAPTER, tmp_path / "adapter"))
+def test_an_adapter_of_a_reward_model_brings_its_head():
+    folder, base = ORACLES / "llama_tied_reward_lora", load_model(ORACLES / "llama_tied_reward")
+    adapted, io = load_adapter(folder, base), np.load(folder / "io.npz")
+    for side in ("right", "left"):
+        scores = reward(adapted.config, adapted.params, io[f"{side}_ids"], io[f"{side}_mask"])
+        np.testing.assert_allclose(scores, io[f"{side}_scores"], atol=1e-4)
+    assert np.abs(adapted.params["score"] - base.params["score"]).max() > 0.1
+
+
+@pytest.mark.parametrize("name, kind", [("llama_tied", "policy"), ("llama_tied_reward", "reward")])
+def test_what_is_written_is_what_peft_wrote(tmp_path, name, kind):
+    folder = ORACLES / f"{name}_lora"
+    adapted = load_adapter(folder, load_model(ORACLES / name))
+    save_adapter(tmp_path / "adapter", adapted.config, adapted.params, kind, name)
+    theirs, ours = (load_file(path / "adapter_model.safetensors") for path in (folder, tmp_path / "adapter"))
     assert theirs.keys() == ours.keys()
-    for name in theirs:
-        np.testing.assert_array_equal(theirs[name], ours[name])
-    theirs, ours = (json.loads((path / "adapter_config.json").read_text()) for path in (ADAPTER, tmp_path / "adapter"))
+    for tensor in theirs:
+        np.testing.assert_array_equal(theirs[tensor], ours[tensor])
+    theirs, ours = (json.loads((path / "adapter_config.json").read_text()) for path in (folder, tmp_path / "adapter"))
     theirs["target_modules"] = sorted(theirs["target_modules"])
+    theirs["modules_to_save"] = theirs["modules_to_save"] and ["score"]  # theirs: "classifier", too
     assert ours == {key: theirs[key] for key in ours}
     again = load_adapter(tmp_path / "adapter", adapted)
     assert again.hash != adapted.hash, "another base, another model"
