@@ -255,9 +255,8 @@ def test_a_killed_process_ends_the_others_with_a_message_and_the_run_goes_on(tmp
     killed = time.monotonic()
     out, err = processes[1 - victim].communicate(timeout=120)
     assert time.monotonic() - killed < 60
-    assert processes[1 - victim].returncode not in (0, 2)
-    assert f"process {victim} of 2 is gone" in err and "run the same command" in err, err
-    assert "Traceback" not in err
+    assert processes[1 - victim].returncode == distributed.LOST, err
+    assert f"process {victim} of 2 is gone" in err.splitlines()[-1] and "run the same command" in err.splitlines()[-1]
     processes[victim].communicate()
     results = ended(launch(2, 1, tmp_path / "run", *flags))
     assert [code for code, _, _ in results] == [0, 0], [err for _, _, err in results]
