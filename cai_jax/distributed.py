@@ -5,6 +5,7 @@ every function here does nothing or just calls what it is given. JAX is imported
 before, so that the door can be opened without it.
 """
 
+import ctypes
 import glob
 import importlib.util
 import itertools
@@ -12,6 +13,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -27,6 +29,7 @@ _A_DAY = 24 * 3600 * 1000  # milliseconds; who waits for the first is ended by t
 _ALIVE = "cai_jax/alive/"
 _numbers = itertools.count()  # of meetings: every process counts the same ones
 _unwatched = threading.Event()
+_c_handlers: list = []  # C does not count references
 
 
 # ---------------------------------------------------------------- start
@@ -107,6 +110,7 @@ def start(where: Place | None) -> None:
                         "all of them, and see that they reach the coordinator") from None
     signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))  # JAX has put a handler of its own there
     if several():
+        _explain_aborts()
         threading.Thread(target=_watch, daemon=True, name="watch").start()
 
 
@@ -231,6 +235,26 @@ def _watch() -> None:
                 words[process], changed[process] = word, time.monotonic()
             elif time.monotonic() - changed[process] > PATIENCE:
                 _lost(process, count, f"no sign of life for {PATIENCE:.0f} s")
+
+
+def _explain_aborts() -> None:
+    """Say that process 0 is gone where JAX aborts this one for it, at once and from a thread of C++.
+
+    That thread runs no Python handler, so this one is called by C. If process 0 is there, the abort takes its course.
+    """
+    import jax
+    from jax._src import distributed
+
+    count, (host, _, port) = jax.process_count(), distributed.global_state.coordinator_address.rpartition(":")
+
+    def explain(_):
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+        except OSError:
+            _lost(0, count, "it does not answer")
+
+    _c_handlers.append(ctypes.CFUNCTYPE(None, ctypes.c_int)(explain))
+    ctypes.CDLL(None).signal(signal.SIGABRT, _c_handlers[-1])
 
 
 def _beat(word: str) -> None:

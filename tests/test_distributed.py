@@ -255,9 +255,8 @@ def test_a_killed_process_ends_the_others_with_a_message_and_the_run_goes_on(tmp
     killed = time.monotonic()
     out, err = processes[1 - victim].communicate(timeout=120)
     assert time.monotonic() - killed < 60
-    assert processes[1 - victim].returncode not in (0, 2)
-    assert f"process {victim} of 2 is gone" in err and "run the same command" in err, err
-    assert "Traceback" not in err
+    assert processes[1 - victim].returncode == distributed.LOST, err
+    assert f"process {victim} of 2 is gone" in err.splitlines()[-1] and "run the same command" in err.splitlines()[-1]
     processes[victim].communicate()
     results = ended(launch(2, 1, tmp_path / "run", *flags))
     assert [code for code, _, _ in results] == [0, 0], [err for _, _, err in results]
@@ -280,3 +279,23 @@ def test_two_processes_run_every_stage_to_the_bytes_of_one(tmp_path):
     shutil.rmtree(tmp_path / "two" / "evaluate")
     [(code, _, err)] = ended(launch(1, 2, tmp_path / "two"))
     assert code == 0 and artifacts(tmp_path / "two") == expected, err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [("--set=mesh.fsdp=2",), ("--set=mesh.fsdp=2", "--set=mesh.tensor=2")])
+def test_four_processes_go_through_sft_and_an_update_of_ppo(tmp_path, conversations, mesh):
+    """Sums over four devices are made in another order between processes: equal numbers, not equal bits."""
+    flags = [
+        *sft_flags(conversations), "--stages=sft,ppo", "--set=sft.batch_size=4", "--set=ppo.reward_model=random:llama",
+        "--set=ppo.updates=1", "--set=ppo.rollouts=8", *mesh,
+    ]  # fmt: skip
+    [(code, _, err)] = ended(launch(1, 4, tmp_path / "one", *flags))
+    assert code == 0, err
+    results = ended(launch(4, 1, tmp_path / "four", *flags))
+    assert [code for code, _, _ in results] == [0] * 4, [err for _, _, err in results]
+    for stage in ("sft", "ppo"):
+        lines = [[json.loads(line) for line in (tmp_path / run / stage / "metrics.jsonl").read_text().splitlines()]
+                 for run in ("one", "four")]  # fmt: skip
+        assert len(lines[0]) == len(lines[1]) > 0
+        for one, four in zip(*lines, strict=True):
+            assert four == pytest.approx(one, rel=1e-4, abs=1e-6)

@@ -7,6 +7,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
+from cai_jax import distributed
 from cai_jax.errors import UserError
 
 
@@ -83,6 +84,7 @@ class Checkpoints:
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:
+            distributed.await_verdict()  # the fault may be a lost process's
             raise UserError(
                 f"checkpoint {self._folder / str(step)} can't be read ({_first_line(error)}): delete that folder to go "
                 "on from an earlier one, if there is any, or start the stage anew with --fresh"
@@ -103,6 +105,7 @@ class Checkpoints:
                 step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data))
             )
         except Exception as error:
+            distributed.await_verdict()
             raise self._not_written(error) from error
 
     def best(self) -> tuple[int, float] | None:
@@ -118,6 +121,7 @@ class Checkpoints:
             try:
                 manager.wait_until_finished()
             except Exception as error:
+                distributed.await_verdict()
                 raise self._not_written(error) from error
             finally:
                 manager.close()
