@@ -39,7 +39,8 @@ def test_ppo_compiles_for_a_v4(tmp_path):
     assert {name for stage, name in programs if stage == "ppo"} == {
         "prepare weights", "share prefix", "prefill", "decode, a step", "score rollouts", "train step",
     }  # fmt: skip
-    assert all(p["temporaries_bytes"] > 0 for p in programs.values() if p["name"] == "train step")
+    # The tiny SFT step needs nothing beside its arguments: it stays in the chip's own memory.
+    assert programs["ppo", "train step"]["temporaries_bytes"] > programs["sft", "train step"]["temporaries_bytes"]
 
 
 def test_the_compilers_arguments_are_ours(tmp_path):
