@@ -18,7 +18,7 @@ def config() -> c.Config:
             rollouts=512,
             epochs=1,
             minibatches=4,
-            microbatches=4,
+            microbatches=8,
             max_prompt_tokens=512,
             response=c.Sampling(max_new_tokens=512),
         ),

@@ -49,8 +49,8 @@ def sampler_programs(
             arithmetic.prepare_work(shape, mesh, stored), load.versions,
         ),
         program(
-            "share prefix", lambda: abstract.lower_share(shape, mesh), size(cache), size(cache.shared), 0.0,
-            resident + size(weights), arithmetic.share_work(shape, mesh), load.versions,
+            "share prefix", lambda: abstract.lower_share(shape, mesh), size(cache.own), size(cache.shared), 0.0,
+            resident + size(weights, cache.shared), arithmetic.share_work(shape, mesh), load.versions,
         ),
         program(
             "prefill", lambda: abstract.lower_prefill(shape, mesh), both, 0,

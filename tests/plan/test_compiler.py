@@ -1,5 +1,6 @@
 """The TPU compiler, where it is installed: a tiny run planned for chips that are not there."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -26,7 +27,8 @@ def plan(tmp_path, *flags):
 
 
 def test_ppo_compiles_for_a_v4(tmp_path):
-    done, written = plan(tmp_path, "--plan=v4-8", "--stages=sft,ppo", "--set", "sft.batch_size=4")
+    sizes = ["--set", "sft.batch_size=4", "--set", "ppo.rollouts=8"]
+    done, written = plan(tmp_path, "--plan=v4-8", "--stages=sft,ppo", *sizes)
     assert done.returncode == 0, done.stderr
     assert "the TPU compiler's" in done.stdout
     assert written["fits"] and written["slice"] == {
@@ -37,7 +39,8 @@ def test_ppo_compiles_for_a_v4(tmp_path):
     assert {name for stage, name in programs if stage == "ppo"} == {
         "prepare weights", "share prefix", "prefill", "decode, a step", "score rollouts", "train step",
     }  # fmt: skip
-    assert all(p["temporaries_bytes"] > 0 for p in programs.values() if p["name"] == "train step")
+    # The tiny SFT step needs nothing beside its arguments: it stays in the chip's own memory.
+    assert programs["ppo", "train step"]["temporaries_bytes"] > programs["sft", "train step"]["temporaries_bytes"]
 
 
 def test_the_compilers_arguments_are_ours(tmp_path):
@@ -49,8 +52,6 @@ def test_the_compilers_arguments_are_ours(tmp_path):
     from cai_jax.plan.plan import make_plan
 
     _, written = plan(tmp_path, "--plan=v5e-4", "--stages=sft", "--set", "sft.batch_size=4")
-    import dataclasses
-
     config = load_config("tiny")[1]
     config = dataclasses.replace(
         config, stages=("sft",), mesh=Mesh(1, -1), sft=dataclasses.replace(config.sft, batch_size=4)
