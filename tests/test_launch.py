@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -208,6 +209,15 @@ def test_a_fault_of_ours_keeps_its_traceback(start):
 def test_an_interrupt_says_how_to_go_on(start, capsys, arguments, told):
     assert start(FakeContext("sft", KeyboardInterrupt()), "--config=tiny", *arguments) == 130
     assert told in capsys.readouterr().err
+
+
+def test_a_machine_taken_away_is_one_line_and_143(start, capsys, monkeypatch):
+    fake = FakeContext()
+    monkeypatch.setattr(fake, "run_stage", lambda stage: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(5)))
+    before = signal.getsignal(signal.SIGTERM)
+    assert start(fake, "--config=tiny") == 143
+    assert capsys.readouterr().err == "terminated; run the same command to go on\n"
+    assert fake.calls[-1] == "report" and signal.getsignal(signal.SIGTERM) == before
 
 
 def test_a_folder_in_use_is_refused_before_anything_is_loaded(start, capsys):

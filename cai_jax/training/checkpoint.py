@@ -38,8 +38,9 @@ class Checkpoints:
     checkpoint only after that. All processes must call; each writes what its devices hold.
 
     On accelerators `save` returns once the state is copied to the host, and the rest is written while training goes
-    on. On a CPU a device array is host memory, the next step would overwrite it under the writer, and the writer would
-    take its time from the step's own cores: there `save` returns when all is on disk.
+    on. On a CPU there is nothing to win by that: a device array is host memory, so the next step would have to leave
+    it alone and hold a second state, and the writer would take its time from the step's own cores. There `save`
+    returns when all is on disk.
     """
 
     def __init__(self, folder: Path, every: int, keep: int = 1, best: bool = False, asynchronous: bool | None = None):
