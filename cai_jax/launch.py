@@ -58,6 +58,8 @@ def main(argv: list[str]) -> int:
 
             plan_run(name, config, _PLAN.value, _PLAN_JSON.value, _PRICE.value)
             return 0
+        if _PLAN_JSON.value or _PRICE.value is not None:
+            raise UserError("--plan_json and --price belong to a plan: add --plan=v4-32, or leave them out")
         report = run(name, config, _FRESH.value, command=argv)
         print(f"report: {report}")
         return 0
