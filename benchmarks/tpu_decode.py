@@ -6,8 +6,8 @@
 Mistral-7B in bfloat16, heads split over the chips of the slice. Prints the compiler's temporaries against the key/value
 cache, and what a step must read (weights and the filled cache) against what the compiled step reads. The compiler's
 count takes each loop's body once: one step of the outer loop, one block of the cache, one row of the loop that writes.
-So the reading of a whole step is its count with one layer and with two, carried on to all, plus the blocks that it
-leaves out.
+So its count with one layer and with two is carried on to all layers, plus the blocks that it leaves out. That is more
+than a chip moves: the count takes writes too.
 """
 
 import argparse
@@ -15,7 +15,10 @@ import dataclasses
 import os
 import time
 
-os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
+os.environ.update(
+    JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1", TPU_WORKER_HOSTNAMES="localhost",
+    TPU_ACCELERATOR_TYPE="v4-8",
+)  # fmt: skip
 
 from cai_jax.accelerators import GIB, parse_slice
 from cai_jax.config import Mesh

@@ -93,6 +93,8 @@ def _command(argv: list[str]) -> None:
         from cai_jax.plan.command import plan_run
 
         return plan_run(name, config, _PLAN.value, _PLAN_JSON.value, _PRICE.value)
+    if _PLAN_JSON.value or _PRICE.value is not None:
+        raise UserError("--plan_json and --price belong to a plan: add --plan=v4-32, or leave them out")
     _set_environment()
     distributed.start(distributed.place(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value))
     report = run(name, config, _FRESH.value, command=argv, profile=_PROFILE.value)

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from run_folders import artifacts
 
 from cai_jax import distributed
 from cai_jax.distributed import Place, place
@@ -174,13 +175,6 @@ def test_two_processes_share_a_folder_and_make_the_same_schedule_and_texts(tmp_p
 
 # ---------------------------------------------------------------- whole runs
 
-IGNORED = ("timing.json", "config.json", "log.txt", "report.html", "lock")
-
-
-def artifacts(run_dir: Path) -> dict[str, bytes]:
-    files = (path for path in sorted(run_dir.rglob("*")) if path.is_file())
-    kept = (path for path in files if path.name not in IGNORED or path.parent.name == "model")
-    return {path.relative_to(run_dir).as_posix(): path.read_bytes() for path in kept}
 
 
 def launch(count: int, devices: int, run_dir: Path, *flags: str, **environment) -> list[subprocess.Popen]:

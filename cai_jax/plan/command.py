@@ -21,6 +21,8 @@ def plan_run(name: str, config: Config, target: str, json_path: str | None, pric
     check_compiler(target, platform)
     if price is not None and not price >= 0:
         raise UserError(f"--price={price}: give the price of one chip and hour, at least 0")
+    if json_path and not Path(json_path).expanduser().absolute().parent.is_dir():
+        raise UserError(f"--plan_json={json_path}: there is no such folder; make it, or name another")
     set_environment()
     # These import JAX, which reads the environment.
     from cai_jax.plan.measure import Measurer
@@ -32,6 +34,6 @@ def plan_run(name: str, config: Config, target: str, json_path: str | None, pric
     print(as_text(name, plan, price), flush=True)
     found = find_change(plan, measurer) if plan.too_large else None
     if json_path:
-        Path(json_path).write_text(json.dumps(as_json(name, plan, price, found), indent=1) + "\n")
+        Path(json_path).expanduser().write_text(json.dumps(as_json(name, plan, price, found), indent=1) + "\n")
     if plan.too_large:
         raise UserError(refusal(plan, found))

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -179,6 +181,16 @@ def test_wrong_names_and_prices(quiet, ppo):
         command.plan_run("ppo_7b", ppo, "v4-33", None, None)
     with pytest.raises(UserError, match="--price=-1"):
         command.plan_run("ppo_7b", ppo, "h100x8", None, -1.0)
+    with pytest.raises(UserError, match="--plan_json=/nowhere/at/all.json: there is no such folder"):
+        command.plan_run("ppo_7b", ppo, "h100x8", "/nowhere/at/all.json", None)
+
+
+def test_flags_of_a_plan_without_a_plan():
+    done = subprocess.run(
+        [sys.executable, "-m", "cai_jax.launch", "--config=tiny", "--price=2"], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "--price belong to a plan" in done.stderr
 
 
 def test_a_missing_compiler_says_how_to_install_it(monkeypatch, quiet, ppo):

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow.json
 import pytest
 from event_files import event_files, scalars
+from run_folders import artifacts
 
 from cai_jax.config import STAGES
 from cai_jax.models import lora
@@ -48,16 +49,6 @@ def finished(tmp_path_factory) -> Path:
 @pytest.fixture
 def copy(finished, tmp_path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "copy"))
-
-
-def artifacts(run_dir: Path) -> dict[str, bytes]:
-    """Everything that must not depend on when and how often a run was killed."""
-    ignored = ("timing.json", "timings.jsonl", "config.json", "log.txt", "report.html", "lock")
-    files = (path for path in sorted(run_dir.rglob("*")) if path.is_file())
-    kept = (path for path in files if path.name not in ignored or path.parent.name == "model")
-    kept = (path for path in kept if not path.name.startswith("events.out.tfevents."))
-    kept = (path for path in kept if not path.is_relative_to(run_dir / "profile"))
-    return {path.relative_to(run_dir).as_posix(): path.read_bytes() for path in kept}
 
 
 def assert_same_artifacts(finished: Path, run_dir: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from run_folders import artifacts
 
 from cai_jax import interrupts
 from cai_jax.metrics_log import MetricsLog
@@ -83,13 +84,6 @@ def start(run_dir: Path, rows: Path, *flags: str) -> subprocess.Popen:
         f"--set=sft.mixer={rows}=1", "--set=sft.checkpoint_every=5", "--set=sft.epochs=8", *flags,
     ]  # fmt: skip
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def artifacts(run_dir: Path) -> dict[str, bytes]:
-    return {
-        path.relative_to(run_dir).as_posix(): path.read_bytes()
-        for path in sorted((run_dir / "sft").rglob("*")) if path.is_file() and path.name != "timing.json"
-    }  # fmt: skip
 
 
 def test_a_preempted_run_says_so_in_one_line_and_goes_on_with_the_same_bytes(tmp_path):
