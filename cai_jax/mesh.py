@@ -5,6 +5,7 @@ Optimizer moments and value models use the same table, because their leaves carr
 """
 
 import re
+from functools import partial
 
 import jax
 import numpy as np
@@ -125,6 +126,43 @@ def by_table(tree):
     """Inside a jitted function: leaves where the table puts them on the mesh in use, where there is one."""
     mesh = jax.sharding.get_abstract_mesh()
     return tree if mesh.size <= 1 else jax.lax.with_sharding_constraint(tree, shardings(mesh, tree))
+
+
+def by_layer(x, weights):
+    """Inside a loop over layers on a mesh: the loop's `x` and a layer's weights, tied together by a barrier.
+
+    Else the compiler would do before the loop, for all layers, what it can do without `x`: cast a second copy of all
+    weights, and hold it to the end.
+    """
+    if jax.sharding.get_abstract_mesh().size <= 1:
+        return x, weights
+    return jax.lax.optimization_barrier((x, weights))
+
+
+def gather_layer(weights):
+    """Inside a jitted function: a layer's weights (no axis L) whole along fsdp, their gradients split again.
+
+    Said here, lest the compiler gathers them piece by piece, in loops that hold a float32 sum for every product.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.size <= 1:
+        return weights
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: _gather(leaf_name(path), leaf), weights)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _gather(name: str, leaf):
+    spec = _spec(f"layers/{name}")
+    whole = None if spec is None else P(*(None if axis == "fsdp" else axis for axis in spec[1:]))
+    return leaf if whole is None else jax.lax.with_sharding_constraint(leaf, whole)
+
+
+def _gather_backward(name, _, gradient):
+    spec = _spec(f"layers/{name}")
+    return (gradient if spec is None else jax.lax.with_sharding_constraint(gradient, P(*spec[1:])),)
+
+
+_gather.defvjp(lambda name, leaf: (_gather(name, leaf), None), _gather_backward)
 
 
 def _check_divides(mesh, name, shape, spec):
