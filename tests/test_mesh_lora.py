@@ -16,7 +16,6 @@ from cai_jax.config import Lora
 from cai_jax.mesh import decoding_shardings, shardings
 from cai_jax.models import lora
 from cai_jax.models.families import param_shapes, tiny_config
-from cai_jax.models.kernels import quantize
 from cai_jax.sampler.weights import decoding_form
 
 ON_DEVICES = """
@@ -110,17 +109,9 @@ def test_adapters_train_and_sample_the_same_on_eight_devices():
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 def test_the_table_splits_adapters_like_their_base(base, family):
     mesh = jax.sharding.AbstractMesh((1, 2, 2), ("data", "fsdp", "tensor"))
-    shapes = param_shapes(tiny_config(family), "reward")
-    if base == "int8":
-        shapes["layers"] |= {name: jax.eval_shape(quantize, shapes["layers"][name]) for name in Lora().targets}
-
-    def adapted(params):
-        starts = {name: lora._start(leaf, jax.random.key(0), Lora(rank=4)) for name, leaf in params["layers"].items()
-                  if name in Lora().targets}  # fmt: skip
-        kernels = {name: start.replace(base=params["layers"][name]) for name, start in starts.items()}
-        return {**params, "layers": params["layers"] | kernels}
-
-    placed = shardings(mesh, jax.eval_shape(adapted, shapes))
+    adapted = partial(lora.add, config=Lora(rank=4), seed=0, mesh=mesh)
+    placed = shardings(mesh, jax.eval_shape(adapted, param_shapes(tiny_config(family), "reward", base)))
+    assert len(lora.adapters(placed)) == 7
     for kernel in lora.adapters(placed).values():
         of_base = jax.tree.leaves(kernel.base)[0].spec
         assert kernel.a_IR.spec == P(None, of_base[1], None) and kernel.b_RO.spec == P(None, None, of_base[2])

@@ -14,7 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cai_jax.config import PROJECTIONS
 from cai_jax.errors import UserError
+from cai_jax.models import kernels
 from cai_jax.models.hf_config import Reader
 
 
@@ -326,9 +328,14 @@ def flatten(params: dict) -> dict:
 
 
 def param_shapes(config: ModelConfig, kind: str, dtype="float32") -> dict:
-    """The params as a nested dict of `jax.ShapeDtypeStruct`."""
-    shapes = leaf_shapes(config, kind)
-    return nest({leaf: jax.ShapeDtypeStruct(shape, dtype) for leaf, shape in shapes.items()})
+    """The params as a nested dict of `jax.ShapeDtypeStruct`; with dtype int8 as `load_model` stores them."""
+    stored = "bfloat16" if dtype == "int8" else dtype
+    params = nest({leaf: jax.ShapeDtypeStruct(shape, stored) for leaf, shape in leaf_shapes(config, kind).items()})
+    if dtype == "int8":
+        for name in PROJECTIONS:
+            whole = jax.ShapeDtypeStruct(params["layers"][name].shape, "float32")
+            params["layers"][name] = jax.eval_shape(kernels.quantize, whole)
+    return params
 
 
 def random_params(config: ModelConfig, kind: str, seed: int) -> dict:

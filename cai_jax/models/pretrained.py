@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from cai_jax.config import PROJECTIONS, cache_folder
+from cai_jax.config import cache_folder
 from cai_jax.errors import UserError
 from cai_jax.models import families, kernels
 from cai_jax.models.byte_tokenizer import VOCAB_SIZE, byte_tokenizer
@@ -184,10 +184,7 @@ def _put(value, dtype, place):
 
 def _targets(config: ModelConfig, kind: str, dtype, shardings) -> dict:
     """Leaf name -> sharding, or an Int8 of shardings."""
-    shapes = families.param_shapes(config, kind)
-    if dtype == "int8":
-        for name in PROJECTIONS:
-            shapes["layers"][name] = jax.eval_shape(kernels.quantize, shapes["layers"][name])
+    shapes = families.param_shapes(config, kind, dtype)
     if shardings is None:
         shardings = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.local_devices()[0]), shapes)
     elif callable(shardings):
