@@ -5,6 +5,7 @@ import importlib
 _HOMES = {
     "load_model": "cai_jax.models.pretrained",
     "save_model": "cai_jax.models.pretrained",
+    "load_adapter": "cai_jax.models.adapters",
     "forward": "cai_jax.models.transformer",
     "reward": "cai_jax.models.heads",
     "load_constitution": "cai_jax.constitution",

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from cai_jax.errors import UserError
 
+PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")  # of every layer
 STAGES = ("critique_revision", "sft", "preferences", "reward_model", "ppo", "evaluate")
 
 
@@ -93,6 +94,19 @@ class Optimizer:
 
 
 @dataclass(frozen=True)
+class Lora:
+    """Adapters of low rank in place of full training (Hu et al. 2021, arXiv 2106.09685), in every stage that trains.
+
+    The models stay frozen, and policy and reference, or value model and reward model, are one copy of them; a score
+    head trains whole. Exported models have their adapters merged, and lie beside them in peft's format.
+    """
+
+    rank: int = 0  # 0: off, every weight trains
+    alpha: float = 16.0  # an adapter counts alpha / rank
+    targets: tuple[str, ...] = PROJECTIONS  # projections that get one
+
+
+@dataclass(frozen=True)
 class CritiqueRevision:
     """SL-CAI data: response, then rounds of critique and revision (Bai et al. 2022, section 3)."""
 
@@ -165,6 +179,7 @@ class Ppo:
     value_coef: float = 0.1
     whiten_advantages: bool = True
     missing_eos_penalty: float = 1.0  # taken off the score of a row that did not end
+    frozen_dtype: str = ""  # of reference and reward model: "" (as model.dtype), bfloat16 or int8; not with adapters
     optimizer: Optimizer = Optimizer(learning_rate=1e-6, schedule="linear", eps=1e-5)
     checkpoint_every: int = 10  # updates
 
@@ -193,6 +208,7 @@ class Config:
     mesh: Mesh = Mesh()
     prompts: Prompts = field(default_factory=Prompts)
     sampler: Sampler = Sampler()
+    lora: Lora = Lora()
     critique_revision: CritiqueRevision = CritiqueRevision()
     sft: Sft = Sft()
     preferences: Preferences = Preferences()

@@ -16,12 +16,19 @@ from cai_jax.errors import UserError
 AXES = ("data", "fsdp", "tensor")
 ROWS = P(("data", "fsdp"))
 
-# The last name of a leaf decides. Layers are stacked: their first axis is L.
+# The end of a leaf's name decides. Layers are stacked: their first axis is L. `kernel` and `scale_O` are the parts of
+# an Int8 kernel; `base`, `a_IR` and `b_RO` those of a Lora kernel, whose rank is never split.
 TABLE = (
     (r"embed$", P("tensor", "fsdp")),
     (r"lm_head$", P("fsdp", "tensor")),
-    (r"layers/(q|k|v|gate|up)$", P(None, "fsdp", "tensor")),
-    (r"layers/(o|down)$", P(None, "tensor", "fsdp")),
+    (r"layers/(q|k|v|gate|up)(/base)?(/kernel)?$", P(None, "fsdp", "tensor")),
+    (r"layers/(q|k|v|gate|up)(/base)?/scale_O$", P(None, "tensor")),
+    (r"layers/(q|k|v|gate|up)/a_IR$", P(None, "fsdp", None)),
+    (r"layers/(q|k|v|gate|up)/b_RO$", P(None, None, "tensor")),
+    (r"layers/(o|down)(/base)?(/kernel)?$", P(None, "tensor", "fsdp")),
+    (r"layers/(o|down)(/base)?/scale_O$", P(None, "fsdp")),
+    (r"layers/(o|down)/a_IR$", P(None, "tensor", None)),
+    (r"layers/(o|down)/b_RO$", P(None, None, "fsdp")),
     (r"layers/(q|k|v|gate|up)_bias$", P(None, "tensor")),
     (r"layers/(o|down)_bias$", P()),
     (r"layers/\w*norm$", P()),

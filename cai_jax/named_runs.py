@@ -120,6 +120,9 @@ def validate(config: Config) -> None:
     _check_batches(config)
     _check_sampling(config)
     _check_lengths(config)
+    if config.lora.rank and config.ppo.frozen_dtype:
+        raise UserError(f"ppo.frozen_dtype ({config.ppo.frozen_dtype}) must be empty with lora.rank above 0: policy "
+                        "and reference are one copy then; model.dtype=bfloat16 makes that smaller")
 
 
 def _check_fields(node, prefix: str) -> None:
@@ -257,6 +260,14 @@ _RULES = {
         "max_new_tokens": _at_least(1),
     },
     c.Sampler: {"rows": _at_least(1), "max_length": _at_least(2), "prefill_tokens": _at_least(16)},
+    c.Lora: {
+        "rank": _at_least(0),
+        "alpha": _POSITIVE,
+        "targets": (
+            (lambda value: 0 < len(value) == len(set(value)) and set(value) <= set(c.PROJECTIONS)),
+            "some of " + ", ".join(c.PROJECTIONS) + ", each once",
+        ),
+    },
     c.Optimizer: {
         "learning_rate": _POSITIVE,
         "schedule": _one_of("cosine", "linear", "constant"),
@@ -301,6 +312,7 @@ _RULES = {
         "value_clip": _POSITIVE,
         "value_coef": _at_least(0),
         "missing_eos_penalty": _at_least(0),
+        "frozen_dtype": ((lambda value: value in ("", "bfloat16", "int8")), "empty (as model.dtype), bfloat16 or int8"),
         "checkpoint_every": _at_least(1),
     },
     c.Evaluate: {"rows_per_shard": _at_least(1)},

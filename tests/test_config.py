@@ -136,7 +136,8 @@ def test_nested_and_flat_forms_say_the_same():
     "ppo.response.repetition_penalty=1.1", "evaluate.rows_per_shard=0",
     "evaluate.response.max_new_tokens=1024", "critique_revision.critique.max_new_tokens=5000",
     "sft.microbatches=3", "reward_model.microbatches=5", "ppo.rollouts=63", "ppo.minibatches=3",
-    "ppo.max_prompt_tokens=1000", "constitution=a\0b",
+    "ppo.max_prompt_tokens=1000", "constitution=a\0b", "ppo.frozen_dtype=int4", "lora.alpha=0",
+    "lora.targets=", "lora.targets=q,embed", "lora.targets=q,q",
 ])
 def test_a_value_out_of_range_is_refused_by_field(override):
     config = apply_overrides(base(), [override])
@@ -148,7 +149,7 @@ def test_a_value_out_of_range_is_refused_by_field(override):
     "critique_revision.response.temperature=0", "critique_revision.response.top_p=0.01",
     "critique_revision.response.min_p=0", "sft.optimizer.warmup_fraction=0", "ppo.gamma=1", "ppo.lam=0",
     "ppo.max_prompt_tokens=896", "evaluate.response.max_new_tokens=1023", "sft.microbatches=8",
-    "stages=evaluate", "stages=sft,ppo",
+    "stages=evaluate", "stages=sft,ppo", "lora.rank=1", "lora.targets=v", "ppo.frozen_dtype=int8",
 ])
 def test_a_value_on_the_edge_of_its_range_is_taken(override):
     validate(apply_overrides(base(), [override]))
@@ -173,6 +174,11 @@ def test_stages_are_known_and_in_order(stages, told):
 def test_lengths_of_stages_that_do_not_run_do_not_matter():
     validate(apply_overrides(base(), ["stages=sft", "evaluate.response.max_new_tokens=5000",
                                       "ppo.max_prompt_tokens=5000"]))
+
+
+def test_frozen_models_have_no_dtype_of_their_own_under_adapters():
+    config = apply_overrides(base(), ["lora.rank=4", "ppo.frozen_dtype=int8"])
+    assert "ppo.frozen_dtype (int8) must be empty" in error_of(validate, config)
 
 
 def test_only_one_mesh_axis_takes_what_is_left():

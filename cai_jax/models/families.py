@@ -156,17 +156,10 @@ def config_from_hf(hf: dict, where: str) -> ModelConfig:
         # one kind for all layers, or (Gemma 3) the first for full and the second for sliding attention
         rope_of_layer=tuple(int(len(rope_kinds) > 1 and kind == "sliding_attention") for kind in layer_types),
         max_position=hf.size("max_position_embeddings"),
-        bos_id=hf.get("bos_token_id"),
-        eos_ids=as_ids(hf.get("eos_token_id")),
-        pad_id=hf.get("pad_token_id"),
+        bos_id=hf.id("bos_token_id"),
+        eos_ids=hf.ids("eos_token_id"),
+        pad_id=hf.id("pad_token_id"),
     )
-
-
-def as_ids(value) -> tuple[int, ...]:
-    """Token ids of a Hugging Face value that is None, a number or a list of numbers."""
-    if value is None:
-        return ()
-    return tuple(value) if isinstance(value, list | tuple) else (value,)
 
 
 def _family_of(hf: dict, where: str) -> str:

@@ -41,6 +41,21 @@ class Reader:
             self.fail(f"'{key}' is {value!r}, not a list of texts: correct it")
         return value
 
+    def id(self, key) -> int | None:
+        """A token id, or None where there is no value."""
+        ids = self.ids(key)
+        if len(ids) > 1 or isinstance(self.get(key), list):
+            self.fail(f"'{key}' is {self.get(key)!r}, not a token id: correct it")
+        return ids[0] if ids else None
+
+    def ids(self, key) -> tuple[int, ...]:
+        """Token ids, of a number or of a list of numbers; none where there is no value."""
+        value = self.get(key)
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(isinstance(number, int) and not isinstance(number, bool) and number >= 0 for number in ids):
+            self.fail(f"'{key}' is {value!r}, not a token id or a list of them: correct it")
+        return tuple(ids)
+
     def object(self, key) -> dict:
         """An object; empty where there is no value."""
         value = self.get(key) or {}

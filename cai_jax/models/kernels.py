@@ -1,7 +1,10 @@
 """Weights that know how to multiply.
 
 The dtype of a kernel decides the operands of the product; the sum is always float32. Casting the parameters once
-(`cast`) therefore chooses the precision of a whole step, and the decoder has no flag for it.
+(`cast`) therefore chooses the precision of a whole step, and the decoder has no flag for it, nor one for what a kernel
+is made of: a plain array, whole numbers (Int8), or a frozen kernel with an adapter (Lora).
+
+Letters: I inputs, O outputs, R rank of an adapter, B rows.
 """
 
 import math
@@ -22,28 +25,51 @@ class Transposed:
 
 @flax.struct.dataclass
 class Int8:
-    """A kernel as whole numbers from -127 to 127, times a scale for each output."""
+    """A kernel as whole numbers from -127 to 127, times a scale for each output. `dtype` is that of the operands."""
 
     kernel: jax.Array | Transposed
     scale_O: jax.Array
+    dtype: str = flax.struct.field(pytree_node=False, default="float32")
+
+
+@flax.struct.dataclass
+class Lora:
+    """A kernel that stays as it is, plus an adapter that trains: base + scale a b (Hu et al., arXiv 2106.09685)."""
+
+    base: jax.Array | Int8
+    a_IR: jax.Array
+    b_RO: jax.Array
+    scale: float = flax.struct.field(pytree_node=False)
 
 
 def quantize(kernel) -> Int8:
-    """The nearest Int8 kernel; leading axes (layers) are kept."""
+    """The nearest Int8 kernel, with operands in the dtype of `kernel`; leading axes (layers) are kept."""
     transposed = isinstance(kernel, Transposed)
     values = kernel.kernel_OI if transposed else kernel
     scale = jnp.maximum(jnp.max(jnp.abs(values), axis=-1 if transposed else -2), 1e-8).astype(jnp.float32) / 127
     whole = jnp.round(values / jnp.expand_dims(scale, -1 if transposed else -2)).astype(jnp.int8)
-    return Int8(Transposed(whole) if transposed else whole, scale)
+    return Int8(Transposed(whole) if transposed else whole, scale, str(values.dtype))
+
+
+def plain(kernel):
+    """The kernel as one array, which `dot` multiplies with to the same result; leading axes (layers) are kept.
+
+    A Lora kernel is merged in float32 and comes in the dtype of its base, an Int8 kernel in float32. Other arrays
+    (norms, biases) come as they are.
+    """
+    if isinstance(kernel, Lora):
+        base = plain(kernel.base)
+        adapter = jnp.matmul(kernel.a_IR, kernel.b_RO, precision="highest", preferred_element_type=jnp.float32)
+        return (base + kernel.scale * adapter).astype(base.dtype)
+    return kernel.kernel * jnp.expand_dims(kernel.scale_O, -2) if isinstance(kernel, Int8) else kernel
 
 
 def dot(x, kernel):
-    """Multiply activations `x_...I` with a kernel `[I, O]`: operands in the kernel's dtype, float32 result.
-
-    With an Int8 kernel the operands are in the dtype of `x`.
-    """
+    """Multiply activations `x_...I` with a kernel `[I, O]`: operands in the kernel's dtype, float32 result."""
+    if isinstance(kernel, Lora):
+        return dot(x, kernel.base) + kernel.scale * dot(dot(x, kernel.a_IR), kernel.b_RO)
     if isinstance(kernel, Int8):
-        return dot(x, jax.tree.map(lambda leaf: leaf.astype(x.dtype), kernel.kernel)) * kernel.scale_O
+        return dot(x, jax.tree.map(lambda leaf: leaf.astype(kernel.dtype), kernel.kernel)) * kernel.scale_O
     if isinstance(kernel, Transposed):
         if math.prod(x.shape[:-1]) > FEW_ROWS:
             return _rows_major(x, kernel.kernel_OI)
@@ -57,10 +83,10 @@ def _rows_major(x, kernel_OI):
 
 
 def _feature_major(x, kernel_OI):
-    """Weights times activations `[I, rows]`. The barriers keep the compiler from turning it into the other form."""
-    x_IR = jax.lax.optimization_barrier(x.reshape(-1, x.shape[-1]).T.astype(kernel_OI.dtype))
-    y_OR = jax.lax.optimization_barrier(_product(kernel_OI, x_IR, (((1,), (0,)), ((), ()))))
-    return y_OR.T.reshape(*x.shape[:-1], -1)
+    """Weights times activations `[I, B]`. The barriers keep the compiler from turning it into the other form."""
+    x_IB = jax.lax.optimization_barrier(x.reshape(-1, x.shape[-1]).T.astype(kernel_OI.dtype))
+    y_OB = jax.lax.optimization_barrier(_product(kernel_OI, x_IB, (((1,), (0,)), ((), ()))))
+    return y_OB.T.reshape(*x.shape[:-1], -1)
 
 
 def _product(x, kernel, dimension_numbers):
@@ -69,5 +95,11 @@ def _product(x, kernel, dimension_numbers):
 
 
 def cast(params, dtype):
-    """Every floating leaf in `dtype`."""
-    return jax.tree.map(lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, params)
+    """Every floating leaf in `dtype`; an Int8 kernel keeps its numbers and takes operands of that dtype."""
+
+    def one(leaf):
+        if isinstance(leaf, Int8):
+            return leaf.replace(dtype=jnp.dtype(dtype).name)
+        return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+    return jax.tree.map(one, params, is_leaf=lambda leaf: isinstance(leaf, Int8))

@@ -8,22 +8,22 @@ import copy
 import hashlib
 import json
 import math
-import os
 import re
-import shutil
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from cai_jax.config import cache_folder
+from cai_jax.config import PROJECTIONS, cache_folder
 from cai_jax.errors import UserError
-from cai_jax.models import families
+from cai_jax.models import families, kernels
 from cai_jax.models.byte_tokenizer import VOCAB_SIZE, byte_tokenizer
 from cai_jax.models.families import FAMILIES, ModelConfig, config_from_hf
-from cai_jax.models.safetensors_files import Checkpoint, read_json, write_json, write_weights
+from cai_jax.models.hf_config import Reader
+from cai_jax.models.safetensors_files import Checkpoint, new_folder, read_json, write_json, write_weights
 
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -60,7 +60,8 @@ def load_model(source, dtype="float32", kind=None, shardings=None, new_head=Fals
 
     Args:
         source: a Hugging Face folder, a hub id, a .gguf file, or `random:<family>` (a tiny random model).
-        dtype: of the params, whatever the file holds.
+        dtype: of the params, whatever the file holds; int8 (for models that do not train): the projections of the
+            layers as `kernels.Int8`, all else bfloat16.
         kind: policy or reward; None: what the folder says.
         shardings: a pytree of shardings like the params, or a function from `families.param_shapes` to one; None:
             everything on the first device.
@@ -76,13 +77,13 @@ def load_model(source, dtype="float32", kind=None, shardings=None, new_head=Fals
     stored = _stored_kind(checkpoint, info.hf_config)
     names, shapes = families.tensor_names(info.config, stored), families.leaf_shapes(info.config, stored)
     digest = _hash_folder(info.folder, checkpoint.paths)
-    targets = _targets(info.config, info.kind, shardings)
+    targets = _targets(info.config, info.kind, dtype, shardings)
     leaves = {}
-    for leaf in targets:
+    for leaf, target in targets.items():
         if leaf in names:
-            leaves[leaf] = checkpoint.read(names[leaf], shapes[leaf], dtype, targets[leaf])
+            leaves[leaf] = _in_place(partial(checkpoint.read, names[leaf], shapes[leaf]), dtype, target)
     if info.kind != stored:
-        leaves["score"] = jax.device_put(_new_head(info.config, seed).astype(dtype), targets["score"])
+        leaves["score"] = _in_place(partial(_put, _new_head(info.config, seed)), dtype, targets["score"])
         digest = hashlib.sha256(f"{digest} score head {seed}".encode()).hexdigest()
     return Model(info.config, families.nest(leaves), info.tokenizer, info.hf_config, info.kind, digest)
 
@@ -156,12 +157,12 @@ def _stored_kind(checkpoint: Checkpoint, hf_config: dict) -> str:
 
 def _random_model(info: ModelInfo, dtype, shardings, seed: int) -> Model:
     config, kind, hf_config = info.config, info.kind, info.hf_config
-    targets = _targets(config, kind, shardings)
+    targets = _targets(config, kind, dtype, shardings)
     digest = hashlib.sha256(json.dumps([kind, hf_config], sort_keys=True).encode())
     leaves = {}
     for leaf, value in families.flatten(families.random_params(config, kind, seed)).items():
         digest.update(np.asarray(value).tobytes())
-        leaves[leaf] = jax.device_put(value.astype(dtype), targets[leaf])
+        leaves[leaf] = _in_place(partial(_put, value), dtype, targets[leaf])
     return Model(config, families.nest(leaves), info.tokenizer, hf_config, kind, digest.hexdigest())
 
 
@@ -170,9 +171,23 @@ def _new_head(config: ModelConfig, seed: int) -> np.ndarray:
     return rng.standard_normal((config.d_model, 1), np.float32) / math.sqrt(config.d_model + 1)
 
 
-def _targets(config: ModelConfig, kind: str, shardings) -> dict:
-    """Leaf name -> sharding."""
+def _in_place(read, dtype, target):
+    """A leaf in its place. `read(dtype, place)` brings an array there; what becomes Int8 comes in float32 first."""
+    if isinstance(target, kernels.Int8):
+        return jax.block_until_ready(jax.jit(kernels.quantize, out_shardings=target)(read("float32", target.kernel)))
+    return read("bfloat16" if dtype == "int8" else dtype, target)
+
+
+def _put(value, dtype, place):
+    return jax.device_put(value.astype(dtype), place)
+
+
+def _targets(config: ModelConfig, kind: str, dtype, shardings) -> dict:
+    """Leaf name -> sharding, or an Int8 of shardings."""
     shapes = families.param_shapes(config, kind)
+    if dtype == "int8":
+        for name in PROJECTIONS:
+            shapes["layers"][name] = jax.eval_shape(kernels.quantize, shapes["layers"][name])
     if shardings is None:
         shardings = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.local_devices()[0]), shapes)
     elif callable(shardings):
@@ -229,7 +244,8 @@ def _config_of(folder: Path, hf_config: dict) -> ModelConfig:
     """The config, with the ends of text that generation_config.json adds (chat models list several there)."""
     config = config_from_hf(hf_config, str(folder / "config.json"))
     if (folder / "generation_config.json").exists():
-        more = families.as_ids(read_json(folder / "generation_config.json").get("eos_token_id"))
+        path = folder / "generation_config.json"
+        more = Reader(read_json(path), str(path)).ids("eos_token_id")
         config = replace(config, eos_ids=tuple(dict.fromkeys((*config.eos_ids, *more))))
     return config
 
@@ -274,27 +290,10 @@ def save_model(folder, config: ModelConfig, params, tokenizer, hf_config: dict, 
     there. Among several processes all must call, and the first writes.
     """
     folder = Path(folder)
-    temporary, old = folder.with_name(folder.name + ".tmp"), folder.with_name(folder.name + ".old")
-    writes = jax.process_index() == 0
-    try:
-        if writes:
-            for leftover in (temporary, old):
-                shutil.rmtree(leftover, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            _write_configs(temporary, config, params, tokenizer, hf_config, kind)
-        write_weights(temporary if writes else None, config, params, kind, metadata or {})
-        if writes:
-            if folder.exists():
-                os.replace(folder, old)
-            os.replace(temporary, folder)
-            shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        raise UserError(f"{folder}: the model cannot be written ({error.strerror or error}): make room or choose "
-                        "another run folder") from None  # fmt: skip
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices(f"save {folder}")
+    with new_folder(folder) as place:
+        if place:
+            _write_configs(place, config, params, tokenizer, hf_config, kind)
+        write_weights(place, config, params, kind, metadata or {})
     return _hash_folder(folder, sorted(folder.glob("*.safetensors")))
 
 

@@ -6,6 +6,8 @@ A leaf of the params is a tensor of the file, or (stacked) one tensor a layer; `
 import contextlib
 import json
 import math
+import os
+import shutil
 import struct
 from pathlib import Path
 
@@ -28,12 +30,12 @@ _SAFETENSORS_DTYPES = {name: code for code, name in _DTYPES.items()}
 class Checkpoint:
     """The safetensors files of a folder: which tensor stands where, in which shape."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, name: str = SINGLE):
         self.folder = folder
-        if (folder / INDEX).exists():
+        if name == SINGLE and (folder / INDEX).exists():
             files = _files_of_index(folder / INDEX)
         else:
-            files = [SINGLE]
+            files = [name]
         self.paths = [folder / file for file in files]
         self.tensors = {}  # plain name -> (path, stored name, shape, dtype code)
         for path in self.paths:
@@ -129,12 +131,12 @@ def write_weights(folder: Path | None, config, params, kind, metadata):
     stacked = [leaf for leaf in names if names[leaf].stacked]
     order = [("embed", None), *((leaf, layer) for layer in range(config.n_layers) for leaf in stacked)]
     order += [(leaf, None) for leaf in names if not names[leaf].stacked and leaf != "embed"]
-    tensors = [_Outgoing(names[leaf], leaves[leaf], layer) for leaf, layer in order]
+    tensors = [Outgoing(names[leaf], leaves[leaf], layer) for leaf, layer in order]
     shards = _shards(tensors)
     files = [f"model-{n + 1:05d}-of-{len(shards):05d}.safetensors" for n in range(len(shards))]
     files = [SINGLE] if len(shards) == 1 else files
     for file, shard in zip(files, shards, strict=True):
-        _write_shard(folder and folder / file, shard, {**metadata, "format": "pt"})
+        write_file(folder and folder / file, shard, metadata)
     if folder and len(shards) > 1:
         where = {tensor.name: file for file, shard in zip(files, shards, strict=True) for tensor in shard}
         write_json(folder / INDEX, {"metadata": {"total_size": sum(t.size for t in tensors)}, "weight_map": where})
@@ -148,7 +150,7 @@ def _check_params(leaves, shapes):
             raise ValueError(f"leaf '{leaf}' has shape {leaves[leaf].shape}, expected {shape}")
 
 
-class _Outgoing:
+class Outgoing:
     """One tensor on its way to a file: known in name, shape and size before its values come to the host."""
 
     def __init__(self, tensor: families.HfTensor, leaf, layer: int | None):
@@ -174,7 +176,7 @@ class _Outgoing:
         return np.ascontiguousarray(part.T if self._transposed else part)
 
 
-def _shards(tensors: list[_Outgoing]) -> list[list[_Outgoing]]:
+def _shards(tensors: list[Outgoing]) -> list[list[Outgoing]]:
     shards, size = [[]], 0
     for tensor in tensors:
         if shards[-1] and size + tensor.size > SHARD_BYTES:
@@ -185,9 +187,12 @@ def _shards(tensors: list[_Outgoing]) -> list[list[_Outgoing]]:
     return shards
 
 
-def _write_shard(path: Path | None, tensors: list[_Outgoing], metadata: dict):
-    """The safetensors format: header length, JSON header padded with spaces to 8 bytes, then the tensors."""
-    header, offset = {"__metadata__": dict(sorted(metadata.items()))}, 0
+def write_file(path: Path | None, tensors: list[Outgoing], metadata: dict):
+    """The safetensors format: header length, JSON header padded with spaces to 8 bytes, then the tensors.
+
+    With no path (a process that does not write) only the gathering is done.
+    """
+    header, offset = {"__metadata__": dict(sorted({**metadata, "format": "pt"}.items()))}, 0
     for tensor in tensors:
         offsets = [offset, offset + tensor.size]
         header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": offsets}
@@ -201,6 +206,34 @@ def _write_shard(path: Path | None, tensors: list[_Outgoing], metadata: dict):
             values = tensor.values()
             if file:
                 file.write(values.reshape(-1).view(np.uint8).data)
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path):
+    """A folder to fill, which then appears whole or not at all, in place of one that is there.
+
+    Among several processes all must call; the first one gets the folder, the others None.
+    """
+    temporary, old = folder.with_name(folder.name + ".tmp"), folder.with_name(folder.name + ".old")
+    writes = jax.process_index() == 0
+    try:
+        if writes:
+            for leftover in (temporary, old):
+                shutil.rmtree(leftover, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        yield temporary if writes else None
+        if writes:
+            if folder.exists():
+                os.replace(folder, old)
+            os.replace(temporary, folder)
+            shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise UserError(f"{folder}: the model cannot be written ({error.strerror or error}): make room or choose "
+                        "another run folder") from None  # fmt: skip
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(f"save {folder}")
 
 
 def read_json(path: Path) -> dict:

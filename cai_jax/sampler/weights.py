@@ -13,7 +13,7 @@ PROJECTIONS = ("qkv", "q", "k", "v", "o", "gate_up", "gate", "up", "down")
 
 
 def prepare(config: ModelConfig, params, dtype, mesh=None, int8=False):
-    """Weights for the sampler, made by one jitted cast and reshard from the stacked ones.
+    """Weights for the sampler, made by one jitted cast and reshard from the stacked ones, adapters merged.
 
     A dict a layer, projections fused and, on a CPU, transposed; whole on every device but for the tensor axis, along
     which they stay split (and then unfused, for a fused projection has no common split). With `int8` the projections
@@ -34,7 +34,8 @@ def preparation(config, dtype, mesh, int8):
 def decoding_form(config: ModelConfig, dtype, mesh, platform: str, int8, params):
     """What `prepare` makes of params, without a jit and a place."""
     fuse = mesh is None or mesh.shape["tensor"] == 1
-    params = kernels.cast(params, dtype)
+    merged = {name: kernels.plain(leaf) for name, leaf in params["layers"].items()}
+    params = kernels.cast({**params, "layers": merged}, dtype)
     stacked = dict(params["layers"])
     if fuse:
         for fused, parts in (("qkv", ("q", "k", "v")), ("gate_up", ("gate", "up"))):

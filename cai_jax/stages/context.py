@@ -3,7 +3,7 @@
 import gc
 import importlib
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -15,6 +15,8 @@ from cai_jax import mesh as meshes
 from cai_jax.config import Config, flatten
 from cai_jax.constitution import Constitution, load_constitution
 from cai_jax.errors import UserError
+from cai_jax.models import lora
+from cai_jax.models.adapters import save_adapter
 from cai_jax.models.pretrained import Model, load_model, model_hash, save_model
 from cai_jax.progress import Progress, duration
 from cai_jax.provenance import StageFolder, check_free_space, row_seed
@@ -32,8 +34,10 @@ PROMPT_SETS = {
     "ppo": ("red_team", "helpful"),
     "evaluate": ("eval_red_team", "eval_helpful", "eval_look_alike"),
 }
-# Copies of the parameters that a stage puts on disk at worst: two train states and an export.
+# Copies of the parameters that a training stage puts on disk at worst: two train states and an export.
 DISK_COPIES = {"sft": 7, "reward_model": 7, "ppo": 13}
+# Stages that compute nothing with the model that the run starts from: its memory is theirs.
+WITHOUT_BASE = ("reward_model", "ppo")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "datasets")
 
 
@@ -55,25 +59,41 @@ class Context:
         """The artifacts of a stage."""
         return StageFolder(self.run_dir, stage)
 
-    def load(self, source: str, kind: str | None = None, **options) -> Model:
-        """A model on the mesh, in the run's dtype."""
-        return load_model(
-            source, self.config.model.dtype, kind, lambda shapes: meshes.shardings(self.mesh, shapes), **options
-        )
+    def load(self, source: str, kind: str | None = None, dtype: str = "", **options) -> Model:
+        """A model on the mesh, in the run's dtype or in another."""
+        dtype = dtype or self.config.model.dtype
+        return load_model(source, dtype, kind, lambda shapes: meshes.shardings(self.mesh, shapes), **options)
 
     def load_from(self, stage: str, override: str, kind: str = "policy", **options) -> Model:
         """The exported model of a stage, or the one that the config names in its place."""
         return self.load(override or str(self.folder(stage).path / "model"), kind, **options)
 
+    def adapted(self, params: dict, name: str) -> dict:
+        """The params of a model that a stage is to train: with fresh adapters, where the config asks for them."""
+        return lora.add(params, self.config.lora, self.row_seed("lora", name) % 2**31, self.mesh)
+
     def export(self, folder: StageFolder, model: Model, params, kind: str) -> None:
-        """Write trained params as the Hugging Face folder `model/` of a stage, with its provenance."""
+        """Write trained params as the Hugging Face folder `model/` of a stage, with its provenance.
+
+        Adapters are merged there, and lie beside it in `adapter/`.
+        """
+        metadata = {
+            "constitution": self.constitution_name(), "constitution_hash": self.constitution.hash,
+            "base_model_hash": self.base.hash, "stage": folder.stage, "seed": str(self.config.seed),
+        }  # fmt: skip
         with self.progress.task(f"{folder.stage}: export", 1, "models") as task:
+            if self.config.lora.rank:
+                base = self._start_of(folder.stage)
+                save_adapter(folder.path / "adapter", model.config, params, kind, base, metadata)
+            merged = lora.merge(params)
             save_model(
-                folder.path / "model", model.config, params, model.tokenizer, model.hf_config, kind,
-                {"constitution": self.constitution_name(), "constitution_hash": self.constitution.hash,
-                 "base_model_hash": self.base.hash, "stage": folder.stage, "seed": str(self.config.seed)},
-            )  # fmt: skip
+                folder.path / "model", model.config, merged, model.tokenizer, model.hf_config, kind, metadata
+            )
             task.advance(1)
+
+    def _start_of(self, stage: str) -> str:
+        """The model that a training stage starts from, as the config names it, or as seen from the run folder."""
+        return self.config.model.source if stage == "sft" else override_of(self.config, stage, "sft") or "sft/model"
 
     def sampler(self, model: Model) -> Sampler:
         """The sampler of a model, in the shape that the config asks for."""
@@ -138,6 +158,7 @@ class Context:
         started, clock = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
         reset_peak_memory()
         self.programs.clear()
+        self._hold_base(stage not in WITHOUT_BASE)
         summary = importlib.import_module(f"cai_jax.stages.{stage}").run(self, folder)
         folder.write_summary(summary)
         seconds = time.monotonic() - clock
@@ -152,6 +173,13 @@ class Context:
         gc.collect()
         self.progress.log(f"{stage}: done in {duration(seconds)}")
 
+    def _hold_base(self, wanted: bool) -> None:
+        """Have the params of the model that the run starts from in memory, or not."""
+        if not wanted:
+            self.base = replace(self.base, params=None)
+        elif self.base.params is None:
+            self.base = self.load(self.config.model.source, "policy")
+
     def available(self, stage: str, override: str) -> bool:
         """Whether a model of a stage is there: exported by this run, or named by the config."""
         return bool(override) or self.folder(stage).done() is not None
@@ -164,7 +192,7 @@ class Context:
     def _fingerprint(self, stage: str) -> dict:
         """All that the artifacts of a stage depend on, flat. None: an input that is still to be made."""
         flat = flatten(self.config)
-        wanted = ("mesh.", "sampler.", "model.", f"{stage}.")
+        wanted = ("mesh.", "sampler.", "model.", f"{stage}.", *(["lora."] if stage in DISK_COPIES else []))
         fingerprint = {
             f"config.{key}": value
             for key, value in flat.items()
@@ -195,7 +223,8 @@ def prepare(name: str, config: Config, run_dir: Path, fresh: bool, progress: Pro
         config.model.source, config.model.dtype, "policy", lambda shapes: meshes.shardings(mesh, shapes)
     )
     parameter_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(base.params))
-    check_free_space(run_dir, parameter_bytes * max(DISK_COPIES.get(stage, 0) for stage in config.stages))
+    copies = max(DISK_COPIES.get(stage, 0) for stage in config.stages)
+    check_free_space(run_dir, parameter_bytes * (min(copies, 2) if config.lora.rank else copies))
     context = Context(name, config, Path(run_dir), progress, mesh, constitution, prompts, base)
     _announce_cache(context)
     if fresh:

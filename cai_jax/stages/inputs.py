@@ -138,6 +138,9 @@ def _check_reward_model(config: Config, base: ModelInfo, models: dict) -> None:
 
 def _check_ppo(config: Config, base: ModelInfo, models: dict) -> None:
     _check_same_ids(models["sft"], models["reward_model"])
+    row = config.ppo.max_prompt_tokens + config.ppo.response.max_new_tokens
+    longest = min(row, models["sft"].config.max_position)
+    _check_length("ppo.max_prompt_tokens + ppo.response.max_new_tokens", longest, models["reward_model"])
 
 
 def _check_evaluate(config: Config, base: ModelInfo, models: dict) -> None:

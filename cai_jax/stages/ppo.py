@@ -1,10 +1,12 @@
 """RL-CAI: PPO on the reward model with a KL penalty to the frozen SL-CAI model.
 
 Policy, value model, reference and reward model stand on one mesh. Each update samples rollouts from the current
-policy, scores them, and takes a few clipped steps. The formulas and their sources are in objectives/ppo.py.
+policy, scores them, and takes a few clipped steps; the sampler, with its weights and its cache, is gone by then. With
+adapters the policy is the reference and adapters, and the value model is the reward model, adapters and a head of its
+own: each pair is one model in memory. The formulas and their sources are in objectives/ppo.py.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
@@ -15,6 +17,7 @@ from cai_jax.chat import encode_chat
 from cai_jax.errors import UserError
 from cai_jax.models.heads import last_real, values
 from cai_jax.models.kernels import cast
+from cai_jax.models.lora import trainable
 from cai_jax.models.pretrained import Model
 from cai_jax.objectives import ppo
 from cai_jax.objectives.logprobs import masked_mean
@@ -23,7 +26,7 @@ from cai_jax.provenance import MetricsFile, read_json, write_json
 from cai_jax.stages.rows import messages_of, usable_prompts
 from cai_jax.training import loop
 from cai_jax.training.checkpoint import Checkpoints
-from cai_jax.training.step import start_training
+from cai_jax.training.step import join, split, start_training
 
 STAGE = "ppo"
 
@@ -41,8 +44,26 @@ class Frozen:
 def run(context, folder) -> dict:
     """Train the policy, export `model/`; returns the summary of the stage."""
     settings = context.config.ppo
-    reference = context.load_from("sft", settings.policy)
-    reward = context.load_from("reward_model", settings.reward_model, "reward")
+    frozen, skipped, bias = _prepare(context, folder)
+    params, metrics = _train(context, folder, frozen, bias)
+    context.export(folder, frozen.reference, params["policy"], "policy")
+    return {
+        "updates": len(metrics),
+        "rollouts": len(metrics) * settings.rollouts,
+        "prompts": len(frozen.prompts),
+        "reward_bias": bias,
+        "skipped": skipped,
+        "counters": {"truncated_rollouts": round(sum(m["truncated_share"] for m in metrics) * settings.rollouts)},
+        "first": metrics[0],
+        "last": metrics[-1],
+    }
+
+
+def _prepare(context, folder):
+    """What stays frozen, the prompts that were left out, and the bias; its sampler ends with it."""
+    settings = context.config.ppo
+    reference = context.load_from("sft", settings.policy, dtype=settings.frozen_dtype)
+    reward = context.load_from("reward_model", settings.reward_model, "reward", dtype=settings.frozen_dtype)
     sampler = context.sampler(reference)
     prompts, skipped = [], []
     for name in ("red_team", "helpful"):
@@ -52,36 +73,45 @@ def run(context, folder) -> dict:
         prompts, skipped = prompts + usable, skipped + unusable
     longest = max(len(encode_chat(reference.tokenizer, messages_of(prompt))) for prompt in prompts)
     frozen = Frozen(reference, reward, prompts, -(-longest // 32) * 32)
-    bias = _reward_bias(context, folder, sampler, frozen)
-    del sampler  # its weights and cache: each update makes its own
-    params, metrics = _train(context, folder, frozen, bias)
-    context.export(folder, reference, params["policy"], "policy")
+    return frozen, skipped, _reward_bias(context, folder, sampler, frozen)
+
+
+def _starting_params(context, frozen: Frozen) -> dict:
+    """Policy and value model: the reference and the reward model themselves, with adapters or to be trained whole.
+
+    Where these are frozen in a dtype of their own, the two that train are loaded in the run's.
+    """
+    settings, policy, value = context.config.ppo, frozen.reference, frozen.reward
+    if settings.frozen_dtype:
+        policy = context.load_from("sft", settings.policy)
+        value = context.load_from("reward_model", settings.reward_model, "reward")
     return {
-        "updates": len(metrics),
-        "rollouts": len(metrics) * settings.rollouts,
-        "prompts": len(prompts),
-        "reward_bias": bias,
-        "skipped": skipped,
-        "counters": {"truncated_rollouts": round(sum(m["truncated_share"] for m in metrics) * settings.rollouts)},
-        "first": metrics[0],
-        "last": metrics[-1],
-    }
+        "policy": context.adapted(policy.params, "ppo policy"), "value": context.adapted(value.params, "ppo value"),
+    }  # fmt: skip
+
+
+def _start(context, frozen: Frozen, bias: float):
+    """The train state, the params beside it that stay as they are, and the step."""
+    settings = context.config.ppo
+    total = settings.updates * settings.epochs * settings.minibatches
+    loss = objective(context.config, frozen.reference.config, frozen.reward.config, bias)
+    params = _starting_params(context, frozen)
+    trained, kept = split(params, trainable(params))
+    state, step = start_training(
+        loss, trained, settings.optimizer, total, context.mesh, settings.microbatches, kept
+    )
+    return state, kept, step
 
 
 def _train(context, folder, frozen: Frozen, bias: float):
     settings = context.config.ppo
-    params = {"policy": frozen.reference.params, "value": frozen.reward.params}
-    total = settings.updates * settings.epochs * settings.minibatches
-    loss = objective(context.config, frozen.reference.config, frozen.reward.config, bias)
-    state, step = start_training(loss, params, settings.optimizer, total, context.mesh, settings.microbatches)
+    state, kept, step = _start(context, frozen, bias)
 
     def advance(state, update):
-        policy = Model(
-            frozen.reference.config, state.params["policy"], frozen.reference.tokenizer, frozen.reference.hf_config,
-            "policy", "",
-        )  # fmt: skip
+        params = join(state.params, kept)
+        policy = replace(frozen.reference, params=params["policy"], hash="")
         rollouts = sample_rollouts(context, context.sampler(policy), frozen, f"update-{update}")
-        batch, report = score_rollouts(context, frozen, state.params["value"], rollouts, bias)
+        batch, report = score_rollouts(context, frozen, params["value"], rollouts, bias)
         steps = []
         for rows in minibatches(settings, context.config.seed, update):
             state, metrics = step(state, context.put_rows({name: array[rows] for name, array in batch.items()}))
@@ -92,7 +122,7 @@ def _train(context, folder, frozen: Frozen, bias: float):
     metrics_file = MetricsFile(folder.path / "metrics.jsonl")
     checkpoints = Checkpoints(folder.path / "checkpoints", settings.checkpoint_every)
     state = loop.run(state, advance, settings.updates, checkpoints, metrics_file, context.progress, STAGE, "update")
-    return state.params, metrics_file.read()
+    return join(state.params, kept), metrics_file.read()
 
 
 def objective(config, policy, value, bias: float):

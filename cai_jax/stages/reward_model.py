@@ -6,13 +6,11 @@ from cai_jax import statistics
 from cai_jax.chat import completion_ids, encode_chat, encode_text, turn_end_id
 from cai_jax.errors import UserError
 from cai_jax.objectives.model_losses import reward_objective
-from cai_jax.provenance import MetricsFile, content_hash
+from cai_jax.provenance import content_hash
 from cai_jax.stages.preferences import TIE
 from cai_jax.stages.scoring import score_texts
-from cai_jax.training import loop
-from cai_jax.training.batches import batch_rows, pair_rows, steps_per_epoch, take_rows
-from cai_jax.training.checkpoint import Checkpoints
-from cai_jax.training.step import start_training
+from cai_jax.stages.training import train
+from cai_jax.training.batches import pair_rows
 
 STAGE = "reward_model"
 
@@ -97,21 +95,12 @@ def _train(context, folder, model, pairs):
         "probability": np.asarray([pair["probability"] for pair in pairs], np.float32),
         "real": np.ones(len(pairs), np.int32),
     }
-    total = settings.epochs * steps_per_epoch(len(pairs), settings.batch_size)
-    loss = objective(context.config, model.config)
-    state, step = start_training(loss, model.params, settings.optimizer, total, context.mesh, settings.microbatches)
+    return train(context, folder, settings, objective(context.config, model.config), model.params, arrays, _report)
 
-    def advance(state, index):
-        batch = take_rows(arrays, batch_rows(len(pairs), settings.batch_size, context.config.seed, index))
-        state, metrics = step(state, context.put_rows(batch))
-        metrics["pairs"] = metrics.pop("weight")
-        metrics["accuracy"] = metrics["accuracy"] / metrics["decided_share"]  # nan, so null, where all are ties
-        return state, metrics, int((batch["positions"] >= 0).sum())
 
-    metrics_file = MetricsFile(folder.path / "metrics.jsonl")
-    checkpoints = Checkpoints(folder.path / "checkpoints", settings.checkpoint_every)
-    state = loop.run(state, advance, total, checkpoints, metrics_file, context.progress, STAGE, "step")
-    return state.params, metrics_file.read()
+def _report(metrics) -> dict:
+    metrics = {("pairs" if name == "weight" else name): value for name, value in metrics.items()}
+    return metrics | {"accuracy": metrics["accuracy"] / metrics["decided_share"]}  # nan, so null, where all are ties
 
 
 def held_out_metrics(pairs) -> dict:

@@ -3,13 +3,10 @@
 from cai_jax.chat import completion_ids, encode_chat, encode_text, turn_end_id
 from cai_jax.errors import UserError
 from cai_jax.objectives.model_losses import sft_objective
-from cai_jax.provenance import MetricsFile
 from cai_jax.sampler import Generate
 from cai_jax.stages.rows import make_rows, messages_of, sample_dict, unfinished, usable_prompts, watch
-from cai_jax.training import loop
-from cai_jax.training.batches import Example, batch_rows, pack, steps_per_epoch, take_rows
-from cai_jax.training.checkpoint import Checkpoints
-from cai_jax.training.step import start_training
+from cai_jax.stages.training import train
+from cai_jax.training.batches import Example, pack
 
 STAGE = "sft"
 
@@ -23,7 +20,8 @@ def run(context, folder) -> dict:
     kept["helpful"] = _examples(context, helpful, counters, skipped)
     examples = kept["revisions"] + kept["helpful"]
     packed = pack(examples, context.config.sft.sequence_length)
-    params, metrics = _train(context, folder, packed)
+    loss = objective(context.config, context.base.config)
+    params, metrics = train(context, folder, context.config.sft, loss, context.base.params, packed, _report)
     context.export(folder, context.base, params, "policy")
     return {
         "examples": {name: len(rows) for name, rows in kept.items()},
@@ -103,23 +101,5 @@ def objective(config, model):
     return sft_objective(model, config.model.compute_dtype, config.model.remat)
 
 
-def _train(context, folder, packed):
-    settings = context.config.sft
-    per_epoch = steps_per_epoch(len(packed["tokens"]), settings.batch_size)
-    total = settings.epochs * per_epoch
-    loss = objective(context.config, context.base.config)
-    state, step = start_training(
-        loss, context.base.params, settings.optimizer, total, context.mesh, settings.microbatches
-    )
-
-    def advance(state, index):
-        rows = batch_rows(len(packed["tokens"]), settings.batch_size, context.config.seed, index)
-        batch = take_rows(packed, rows)
-        state, metrics = step(state, context.put_rows(batch))
-        metrics["tokens"] = metrics.pop("weight")
-        return state, metrics, int((batch["positions"] >= 0).sum())
-
-    metrics_file = MetricsFile(folder.path / "metrics.jsonl")
-    checkpoints = Checkpoints(folder.path / "checkpoints", settings.checkpoint_every)
-    state = loop.run(state, advance, total, checkpoints, metrics_file, context.progress, STAGE, "step")
-    return state.params, metrics_file.read()
+def _report(metrics) -> dict:
+    return {("tokens" if name == "weight" else name): value for name, value in metrics.items()}

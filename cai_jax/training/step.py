@@ -2,6 +2,9 @@
 
 An objective is a pure function `(params, batch) -> (sum of losses, weight, sums of metrics)`. Sums and weights, not
 means, are accumulated over microbatches in float32, so that the split of a batch does not change the result.
+
+Where not all params train (adapters on a frozen model), `split` takes them apart: the state holds what trains, with
+moments for that alone; the rest is handed to each step, is not donated and gets no gradient; `join` puts them together.
 """
 
 import re
@@ -21,9 +24,26 @@ from cai_jax.mesh import leaf_name, shardings
 class TrainState:
     """Everything that an update changes."""
 
-    params: dict
+    params: dict  # what trains
     opt_state: optax.OptState
     step: jax.Array
+
+
+def split(params, trains):
+    """What trains and what is frozen: two trees like `params`, each with None where the other has the leaf.
+
+    `trains` is a tree of bools like `params`.
+    """
+    trained = jax.tree.map(lambda leaf, yes: leaf if yes else None, params, trains)
+    frozen = jax.tree.map(lambda leaf, yes: None if yes else leaf, params, trains)
+    return trained, frozen
+
+
+def join(trained, frozen):
+    """The params that `split` has taken apart; with `frozen` None all of them train."""
+    if frozen is None:
+        return trained
+    return jax.tree.map(lambda a, b: b if a is None else a, trained, frozen, is_leaf=lambda leaf: leaf is None)
 
 
 def make_schedule(config: configs.Optimizer, total_steps: int) -> optax.Schedule:
@@ -66,12 +86,24 @@ def init_state(params, optimizer: optax.GradientTransformation, mesh) -> TrainSt
     return jax.jit(start, out_shardings=shardings(mesh, jax.eval_shape(start, params)))(params)
 
 
-def start_training(objective: Callable, params, config: configs.Optimizer, total_steps: int, mesh, microbatches: int):
-    """A fresh train state for `params` and the step that trains it on an objective for `total_steps` steps."""
+def start_training(
+    objective: Callable,
+    params,
+    config: configs.Optimizer,
+    total_steps: int,
+    mesh,
+    microbatches: int,
+    frozen=None,
+):
+    """A fresh train state for `params` and the step that trains it on an objective for `total_steps` steps.
+
+    `frozen` are the params of the objective that do not train; see `split`.
+    """
     schedule = make_schedule(config, total_steps)
     optimizer = make_optimizer(config, schedule)
     state = init_state(params, optimizer, mesh)
-    return state, make_train_step(objective, optimizer, schedule, mesh, state, microbatches)
+    step = make_train_step(objective, optimizer, schedule, mesh, state, microbatches)
+    return state, partial(step, frozen=frozen)
 
 
 def make_train_step(
@@ -82,21 +114,24 @@ def make_train_step(
     state: TrainState,
     microbatches: int = 1,
 ):
-    """The jitted step `(state, batch) -> (state, metrics)`; the state is donated.
+    """The jitted step `(state, batch, frozen=None) -> (state, metrics)`; the state is donated.
 
     The rows of a batch are split into `microbatches` equal parts. Metrics are float32 scalars: `loss`, `weight`,
     `grad_norm` (before clipping), `learning_rate`, and the weighted means of what the objective reports. Gradients are
     summed and divided in float32, and cast to the dtype of their parameter for the optimizer.
     """
-    differentiate = jax.value_and_grad(lambda params, batch: _as_aux(objective(params, batch)), has_aux=True)
+
+    @partial(jax.value_and_grad, has_aux=True)
+    def differentiate(trained, frozen, batch):
+        return _as_aux(objective(join(trained, frozen), batch))
 
     @partial(jax.jit, donate_argnums=0, out_shardings=(shardings(mesh, state), None))
-    def step(state: TrainState, batch):
+    def step(state: TrainState, batch, frozen=None):
         def accumulate(total, microbatch):
             return jax.tree.map(jnp.add, total, sums_of(microbatch)), None
 
         def sums_of(microbatch):
-            (loss, aux), grads = differentiate(state.params, microbatch)
+            (loss, aux), grads = differentiate(state.params, frozen, microbatch)
             return jax.tree.map(_at_least_float32, (grads, loss, *aux))
 
         if microbatches == 1:

@@ -15,6 +15,7 @@ from cai_jax.errors import UserError
 from cai_jax.models import families
 from cai_jax.models.families import RopeKind, config_from_hf, inverse_frequencies, tiny_config, tiny_hf_config
 from cai_jax.models.heads import reward
+from cai_jax.models.hf_config import Reader
 from cai_jax.models.pretrained import load_model
 from cai_jax.models.transformer import forward
 
@@ -181,7 +182,7 @@ def test_absent_keys_take_the_defaults_of_transformers(family):
     config = config_from_hf({"model_type": family}, "config.json")
     assert config == config_from_hf(theirs.to_dict(), "config.json")
     assert config.d_model == theirs.hidden_size and config.max_position == theirs.max_position_embeddings
-    assert config.eos_ids == families.as_ids(theirs.eos_token_id)
+    assert config.eos_ids == Reader({"eos": theirs.eos_token_id}, "theirs").ids("eos")
 
 
 def test_windows_of_every_family():

@@ -350,6 +350,19 @@ def test_ends_of_text_come_from_both_configs(folder):
     assert load_model(folder.parent / "out").config == model.config
 
 
+@pytest.mark.parametrize("file, key, value", [
+    ("config.json", "eos_token_id", "x"), ("config.json", "eos_token_id", [2, "x"]),
+    ("config.json", "eos_token_id", -1), ("config.json", "bos_token_id", [1]), ("config.json", "pad_token_id", True),
+    ("generation_config.json", "eos_token_id", "x"), ("generation_config.json", "eos_token_id", [2, 1.5]),
+])  # fmt: skip
+def test_what_is_no_token_id_is_refused(folder, file, key, value):
+    written = json.loads((folder / file).read_text()) | {key: value}
+    (folder / file).write_text(json.dumps(written))
+    with pytest.raises(UserError, match=f"/{file}: '{key}' is .*not a token id") as refused:
+        load_model(folder)
+    assert "\n" not in str(refused.value)
+
+
 def test_random_models():
     a, b, other = load_model("random:llama"), load_model("random:llama"), load_model("random:mistral")
     assert a.hash == b.hash != other.hash

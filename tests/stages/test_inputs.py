@@ -181,6 +181,16 @@ def test_a_length_beyond_the_positions_of_the_model_is_refused(tmp_path, field):
     assert f"{field} (1025) exceeds the 1024 positions of random:llama" in refusal(tmp_path, f"{field}=1025")
 
 
+def test_rollouts_longer_than_the_reward_model_holds_are_refused(tmp_path):
+    model = load_model("random:llama", kind="reward")
+    short = replace(model.config, max_position=128), model.params, model.tokenizer
+    save_model(tmp_path / "short", *short, model.hf_config | {"max_position_embeddings": 128}, "reward")
+    fields = ["ppo.policy=random:llama", f"ppo.reward_model={tmp_path / 'short'}", "ppo.response.max_new_tokens=28"]
+    open_door(tmp_path / "run", *fields, "ppo.max_prompt_tokens=100", stages=("ppo",))
+    message = refusal(tmp_path / "run", *fields, "ppo.max_prompt_tokens=101", stages=("ppo",))
+    assert "ppo.max_prompt_tokens + ppo.response.max_new_tokens (129) exceeds the 128 positions" in message
+
+
 # ---------------------------------------------------------------- what has changed since
 
 

@@ -9,10 +9,15 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pyarrow.json
 import pytest
 
 from cai_jax.config import STAGES
+from cai_jax.models import lora
+from cai_jax.models.adapters import load_adapter
+from cai_jax.models.families import flatten
+from cai_jax.models.pretrained import load_model
 
 COMMAND = [sys.executable, "-m", "cai_jax.launch", "--config=tiny"]
 # In each stage, a file whose appearance says that the stage is under way and far from done.
@@ -52,6 +57,28 @@ def artifacts(run_dir: Path) -> dict[str, bytes]:
     return {path.relative_to(run_dir).as_posix(): path.read_bytes() for path in kept}
 
 
+def assert_same_artifacts(finished: Path, run_dir: Path) -> None:
+    expected, got = artifacts(finished), artifacts(run_dir)
+    assert sorted(got) == sorted(expected)
+    assert [name for name in expected if got[name] != expected[name]] == []
+
+
+def kill_in(stage: str, run_dir: Path, *flags: str) -> None:
+    """Start the run and kill it in the middle of a stage."""
+    process = subprocess.Popen(
+        [*COMMAND, f"--run_dir={run_dir}", *flags], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 300
+    while not list((run_dir / stage).glob(MIDDLES[stage])):
+        assert process.poll() is None, f"{stage} ended before its middle: {process.stderr.read().decode()}"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert not (run_dir / stage / "done.json").exists(), f"the kill came too late for {stage}"
+
+
 def summary(run_dir: Path, stage: str) -> dict:
     return json.loads((run_dir / stage / "summary.json").read_text())
 
@@ -69,25 +96,39 @@ def test_every_stage_leaves_its_artifacts_and_the_report_shows_them(finished):
 
 def test_a_run_killed_in_every_stage_ends_with_the_same_bytes(finished, tmp_path):
     run_dir = tmp_path / "killed"
-    for stage, middle in MIDDLES.items():
-        command = [*COMMAND, f"--run_dir={run_dir}"]
-        process = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
-        )
-        deadline = time.monotonic() + 300
-        while not list((run_dir / stage).glob(middle)):
-            assert process.poll() is None, f"{stage} ended before its middle: {process.stderr.read().decode()}"
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        assert not (run_dir / stage / "done.json").exists(), f"the kill came too late for {stage}"
+    for stage in MIDDLES:
+        kill_in(stage, run_dir)
     result = launch(run_dir)
     assert result.returncode == 0, result.stderr
     assert "going on where it stopped" in result.stderr
-    expected, got = artifacts(finished), artifacts(run_dir)
-    assert sorted(got) == sorted(expected)
-    assert [name for name in expected if got[name] != expected[name]] == []
+    assert_same_artifacts(finished, run_dir)
+
+
+def test_adapters_run_through_all_stages_and_survive_a_kill(finished, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    shutil.copytree(finished / "critique_revision", whole / "critique_revision")  # no adapter has a part in it
+    result = launch(whole, "--set", "lora.rank=4")
+    assert result.returncode == 0, result.stderr
+    assert "critique_revision: done before, skipped" in result.stderr
+    assert summary(whole, "sft")["last_loss"] < summary(whole, "sft")["first_loss"]
+    metrics = [json.loads(line) for line in open(whole / "ppo" / "metrics.jsonl")]
+    assert abs(metrics[0]["kl"]) < 1e-3 and metrics[1]["kl_k3"] > 1e-6
+    for stage, kind in (("sft", "policy"), ("reward_model", "reward"), ("ppo", "policy")):
+        start = load_model(whole / "sft" / "model" if stage != "sft" else "random:llama", kind=kind, new_head=True)
+        adapted = load_adapter(whole / stage / "adapter", start)
+        merged, exported = flatten(lora.merge(adapted.params)), flatten(load_model(whole / stage / "model").params)
+        for name, leaf in exported.items():
+            np.testing.assert_allclose(merged[name], leaf, atol=1e-6, err_msg=f"{stage} {name}")
+        assert np.abs(exported["layers/q"] - start.params["layers"]["q"]).max() > 1e-5
+        np.testing.assert_array_equal(exported["embed"], start.params["embed"])
+    shutil.copytree(whole, killed)
+    for stage in ("sft", "ppo"):
+        shutil.rmtree(killed / stage)
+    flags = ("--set", "lora.rank=4", "--stages=sft,ppo")
+    for stage in ("sft", "ppo"):
+        kill_in(stage, killed, *flags)
+    assert launch(killed, *flags).returncode == 0
+    assert_same_artifacts(whole, killed)
 
 
 def test_a_finished_run_does_nothing_again(copy):

@@ -1,16 +1,24 @@
 """The arrays of PPO on a tiny model: the bias of the reward model stands in no advantage, and the policy learns."""
 
+import gc
+from dataclasses import replace
 from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
-from cai_jax.config import Config, Model, Ppo
+from cai_jax import Sampler
+from cai_jax.config import Config, Model, Ppo, Sampling, apply_overrides
 from cai_jax.errors import UserError
 from cai_jax.models.pretrained import load_model
+from cai_jax.named_runs import load_config
 from cai_jax.objectives.model_losses import completion_logprobs, completion_values, ppo_objective
-from cai_jax.stages.ppo import Frozen, _reward_bias, score_rollouts
+from cai_jax.progress import Progress
+from cai_jax.provenance import row_seed
+from cai_jax.stages import ppo
+from cai_jax.stages.context import prepare
+from cai_jax.stages.ppo import Frozen, _reward_bias, _score, sample_rollouts, score_rollouts
 
 PROMPT, ROOM, ROWS = 8, 6, 4
 
@@ -93,3 +101,69 @@ def test_an_altered_reference_is_one_line_to_the_user(tmp_path, content):
 def test_the_recorded_reference_is_taken_as_it_is(tmp_path):
     (tmp_path / "reference.json").write_text('{"score_mean": -1.5, "samples": 4}')
     assert _reward_bias(None, SimpleNamespace(path=tmp_path), None, None) == -1.5
+
+
+def test_more_rollouts_than_slots_are_the_same_rollouts(frozen):
+    settings = Ppo(rollouts=6, response=Sampling(max_new_tokens=ROOM))
+    context = SimpleNamespace(
+        config=Config(model=Model("random:llama"), description="rollouts", ppo=settings),
+        row_seed=lambda *parts: row_seed(0, *parts),
+    )
+    prompts = [SimpleNamespace(id=n, messages=[{"role": "user", "content": n * 3}]) for n in "abcd"]
+    asked = replace(frozen, prompts=prompts, prompt_length=64)
+    wide, narrow = (
+        sample_rollouts(context, Sampler(frozen.reference, max_length=128, rows=rows), asked, "update-0")
+        for rows in (6, 2)
+    )
+    assert wide["mask"].shape == (6, ROOM)
+    for name, array in wide.items():
+        np.testing.assert_array_equal(array, narrow[name], err_msg=name)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_smaller_frozen_models_stay_close(frozen, rollouts, dtype):
+    small = Frozen(load_model("random:llama", dtype), load_model("random:llama", dtype, "reward", seed=3), [], PROMPT)
+    part = {name: rollouts[name] for name in ("tokens", "positions", "mask")}
+    (ref, _, scores), (small_ref, _, small_scores) = (
+        _score(f.reference.config, f.reward.config, f.reference.params, frozen.reward.params, f.reward.params, part,
+               1.0, "float32")
+        for f in (frozen, small)
+    )  # fmt: skip
+    error = np.abs(ref - small_ref)[rollouts["mask"] > 0]
+    assert 0 < error.mean() < 0.02, "nats a token, which is what enters the KL"
+    assert 0 < np.abs(scores - small_scores).max() < 0.05 * np.std(scores) + 0.05
+
+
+def live_bytes():
+    gc.collect()
+    return sum(array.nbytes for array in jax.live_arrays())
+
+
+@pytest.mark.parametrize("override", ["lora.rank=0", "lora.rank=4", "ppo.frozen_dtype=int8"])
+def test_while_it_trains_only_states_and_frozen_models_are_held(tmp_path, monkeypatch, override):
+    """No sampler, no cache, no second copy of anything: with adapters, policy and reference are one model."""
+    overrides = ["ppo.policy=random:llama", "ppo.reward_model=random:llama", "ppo.updates=1", override]
+    config = replace(apply_overrides(load_config("tiny")[1], overrides), stages=("ppo",))
+    context = prepare("tiny", config, tmp_path, False, Progress(tmp_path))
+    before, during, expected = live_bytes(), [], []
+    start_training = ppo.start_training
+
+    def watched(*args):
+        state, step = start_training(*args)
+
+        def watched_step(state, batch):
+            during.append(live_bytes())
+            return step(state, batch)
+
+        sizes = {name: sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) for name, tree in
+                 {"state": state, "base": context.base.params, "kept": args[-1]}.items()}  # fmt: skip
+        expected.append(sizes)
+        return state, watched_step
+
+    monkeypatch.setattr(ppo, "start_training", watched)
+    ppo.run(context, context.folder("ppo"))
+    [sizes], slack = expected, 40_000
+    # Two frozen models; the one with adapters is what stands under them.
+    frozen = {"lora.rank=0": 2 * sizes["base"], "lora.rank=4": sizes["kept"]}.get(override, 0.65 * sizes["base"])
+    assert slack < sizes["base"] / 8 and len(during) == 4
+    assert max(during) - before < sizes["state"] + frozen + slack
