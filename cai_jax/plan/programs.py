@@ -15,9 +15,11 @@ import optax
 from jax.sharding import NamedSharding
 
 from cai_jax.accelerators import Slice
-from cai_jax.config import Config
+from cai_jax.config import PROJECTIONS, Config
 from cai_jax.mesh import ROWS, bytes_on_a_device, placed, shardings
+from cai_jax.models import lora
 from cai_jax.models.families import ModelConfig, param_shapes
+from cai_jax.models.kernels import quantize
 from cai_jax.plan.arithmetic import Work
 from cai_jax.plan.workload import Workload
 from cai_jax.sampler.abstract import SamplerShape
@@ -72,8 +74,22 @@ class Run:
 
     def params(self, model: ModelConfig, kind: str, dtype: str = ""):
         """A model's parameters, as shapes in their places."""
-        shapes = param_shapes(model, kind, dtype or self.config.model.dtype)
+        dtype = dtype or self.config.model.dtype
+        shapes = param_shapes(model, kind, "bfloat16" if dtype == "int8" else dtype)
+        if dtype == "int8":
+            for name in PROJECTIONS:
+                whole = jax.ShapeDtypeStruct(shapes["layers"][name].shape, "float32")
+                shapes["layers"][name] = jax.eval_shape(quantize, whole)
         return placed(shapes, shardings(self.mesh, shapes))
+
+    def adapted(self, params):
+        """The parameters that a stage is to train, as `Context.adapted` makes them; of several models by name."""
+        if not self.config.lora.rank:
+            return params
+        if "layers" not in params:
+            return {name: self.adapted(each) for name, each in params.items()}
+        adapted = jax.eval_shape(lambda params: lora.add(params, self.config.lora, 0, self.mesh), params)
+        return placed(adapted, shardings(self.mesh, adapted))
 
     def rows(self, arrays: dict):
         """A batch of host arrays, as shapes with their rows over the data axes."""

@@ -2,14 +2,16 @@
 
 from math import ceil
 
-from cai_jax.models.flops import parameters
+import jax
+
+from cai_jax.models import lora
 from cai_jax.plan import arithmetic
 from cai_jax.plan.arithmetic import Batch, Work
 from cai_jax.plan.programs import SCORING, TRAINING, Program, Run, float32, int32, size
 from cai_jax.plan.sampling import Load, sampler_bytes, sampler_programs
 from cai_jax.sampler.engine import bucket
 from cai_jax.stages import ppo, reward_model, scoring, sft
-from cai_jax.training.step import make_optimizer, make_schedule, make_train_step
+from cai_jax.training.step import make_optimizer, make_schedule, make_train_step, split
 
 
 def programs_of(run: Run) -> list[Program]:
@@ -69,7 +71,7 @@ def _preferences(run: Run) -> list[Program]:
 
 def _reward_model(run: Run) -> list[Program]:
     settings, model = run.config.reward_model, run.models["reward_model.start"]
-    base, start = run.params(run.models["model.source"], "policy"), run.params(model, "reward")
+    start = run.params(model, "reward")
     pairs = run.workload.rows("red_team", "helpful") * run.config.preferences.pairs_per_prompt
     held_out = ceil(settings.held_out * pairs)
     shape = settings.batch_size, settings.max_length
@@ -82,39 +84,39 @@ def _reward_model(run: Run) -> list[Program]:
     steps = settings.epochs * ceil((pairs - held_out) / settings.batch_size)
     objective = reward_model.objective(run.config, model)
     train = _training(
-        run, "reward_model", objective, start, settings, steps, batch, size(base, start), [(model, Batch(*shape, None))]
+        run, "reward_model", objective, start, settings, steps, batch, size(start), [(model, Batch(*shape, None))]
     )
-    return [train, _rewards(run, "reward_model", model, settings.max_length, size(base, start), 2 * held_out)]
+    held = train.resident + train.arguments - size(batch)
+    return [train, _rewards(run, "reward_model", model, settings.max_length, held, 2 * held_out)]
 
 
 def _ppo(run: Run) -> list[Program]:
     settings, policy, value = run.config.ppo, run.models["ppo.policy"], run.models["ppo.reward_model"]
     prompt = ceil(settings.max_prompt_tokens / 32) * 32
     answer, rollouts, updates = settings.response.max_new_tokens, settings.rollouts, settings.updates
-    base = run.params(run.models["model.source"], "policy")
-    reference, reward = run.params(policy, "policy"), run.params(value, "reward")
-    rows = rollouts // settings.minibatches
+    reference, reward = (
+        run.params(model, kind, settings.frozen_dtype) for model, kind in ((policy, "policy"), (value, "reward"))
+    )
+    rows, length = rollouts // settings.minibatches, prompt + answer
     batch = run.rows({
-        **{name: int32(rows, prompt + answer) for name in ("tokens", "positions")},
+        **{name: int32(rows, length) for name in ("tokens", "positions")},
         "mask": int32(rows, answer),
         **{name: float32(rows, answer) for name in ("old_logprobs", "advantages", "returns", "old_values")},
     })  # fmt: skip
-    params = {"policy": reference, "value": reward}
-    frozen = size(base, reference, reward)
-    length = prompt + answer
+    params = {"policy": run.params(policy, "policy"), "value": run.params(value, "reward")}
     train = _training(
         run, "ppo", ppo.objective(run.config, policy, value, bias=0.0), params, settings,
-        updates * settings.epochs * settings.minibatches, batch, frozen,
+        updates * settings.epochs * settings.minibatches, batch, size(reference, reward),
         [(policy, Batch(rows, length, answer)), (value, Batch(rows, length, None))],
     )  # fmt: skip
-    state = train.arguments - size(batch)
     load = Load.of(run.config.sampler.rows, rollouts, answer, prompt, prompt + answer / 2, updates + 1)
-    score = _score(run, policy, value, reference, reward, prompt, state + size(base), updates + 1)
-    return [*sampler_programs(run, "ppo", policy, reference, frozen + state, load), score, train]
+    adapted, held = run.adapted(params), train.resident + train.arguments - size(batch)
+    score = _score(run, policy, value, (reference, adapted["value"], reward), prompt, held, updates + 1)
+    return [*sampler_programs(run, "ppo", policy, adapted["policy"], held, load), score, train]
 
 
-def _score(run: Run, policy, value, reference, reward, prompt: int, beside: int, batches: int) -> Program:
-    """Reference log-probs, values and rewards in one program. The value model is a part of the state: in `beside`."""
+def _score(run: Run, policy, value, params, prompt: int, held: int, batches: int) -> Program:
+    """Reference log-probs, values and rewards in one program. `held`: all that the stage holds, its params included."""
     settings = run.config.ppo
     answer, parts = settings.response.max_new_tokens, settings.minibatches * settings.microbatches
     rows = settings.rollouts // parts
@@ -124,15 +126,16 @@ def _score(run: Run, policy, value, reference, reward, prompt: int, beside: int,
     })  # fmt: skip
     scalars = value, Batch(rows, length, None)
     passes = [(policy, Batch(rows, length, answer)), scalars, scalars]
-    arguments = size(reference, reward, reward, part)
-    key = run.key("ppo score", policy, value, rows, length, answer, run.config.model)
+    # With adapters the value model and the reward model are one copy of what stays frozen.
+    shared = size(split(params[1], lora.trainable(params[1]))[1])
+    forms = run.config.model, run.config.lora, settings.frozen_dtype
     return Program(
-        "ppo", "score rollouts", SCORING, key,
-        lambda: ppo.lower_score(run.config, policy, value, reference, reward, reward, part), arguments, 0,
+        "ppo", "score rollouts", SCORING, run.key("ppo score", policy, value, rows, length, answer, *forms),
+        lambda: ppo.lower_score(run.config, policy, value, *params, part), size(params, part), 0,
         sum(arithmetic.pass_temporaries(model, run.mesh, batch, run.itemsize) for model, batch in passes),
-        beside - size(reward),
+        held - size(params) + shared,
         sum((arithmetic.forward_work(model, run.mesh, batch, run.itemsize) for model, batch in passes), Work()),
-        batches * parts,
+        batches * parts, shared=shared,
     )  # fmt: skip
 
 
@@ -168,26 +171,32 @@ def _rewards(run: Run, stage: str, model, length: int, resident: int, texts: int
 
 
 def _training(run: Run, stage, objective, params, settings, steps, batch, resident, passes) -> Program:
-    """A train step. `passes`: models that it trains, each with the batch that goes through it."""
+    """A train step. `passes`: models that it trains, each with the batch that goes through it.
+
+    `resident` are the models as they were loaded: with adapters the step is handed them, without it has a copy.
+    """
     model, microbatches = run.config.model, settings.microbatches
     schedule = make_schedule(settings.optimizer, max(1, steps))
     optimizer = make_optimizer(settings.optimizer, schedule)
-    state = run.train_state(params, optimizer)
+    params = run.adapted(params)
+    trained, kept = split(params, lora.trainable(params))
+    state = run.train_state(trained, optimizer)
     shapes = tuple((name, leaf.shape, str(leaf.dtype)) for name, leaf in batch.items())
-    key = run.key(f"{stage} train step", tuple(config for config, _ in passes), shapes, microbatches, model)
+    models, count = tuple(config for config, _ in passes), sum(leaf.size for leaf in jax.tree.leaves(trained))
+    key = run.key(f"{stage} train step", models, shapes, microbatches, model, run.config.lora)
     sizes = [
-        (config, run.mesh, whole, microbatches, model.remat, run.itemsize, parameters(config))
+        (config, run.mesh, whole, microbatches, model.remat, run.itemsize, count // len(passes))
         for config, whole in passes
     ]
     work = [arithmetic.training_work(*each) for each in sizes]
     temporaries = [arithmetic.training_temporaries(*each) for each in sizes]
 
     def lower():
-        return make_train_step(objective, optimizer, schedule, run.mesh, state, microbatches).lower(state, batch)
+        return make_train_step(objective, optimizer, schedule, run.mesh, state, microbatches).lower(state, batch, kept)
 
     return Program(
-        stage, "train step", TRAINING, key, lower, size(state, batch), 0, sum(temporaries), resident,
-        sum(work, Work()), steps, passes[0][1].rows * passes[0][1].length,
+        stage, "train step", TRAINING, key, lower, size(state, batch, kept), 0, sum(temporaries),
+        resident - size(kept), sum(work, Work()), steps, passes[0][1].rows * passes[0][1].length,
     )  # fmt: skip
 
 

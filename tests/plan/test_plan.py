@@ -48,8 +48,8 @@ def test_arguments_are_the_arrays_of_a_chip(plan, ppo):
     train = line(plan, "train step")
     state = 12 * (policy + value) / H100.chips  # float32 parameters and two moments
     assert train.memory.arguments == pytest.approx(state, rel=0.01)
-    # Beside it stand the base model, the reference and the reward model.
-    assert train.program.resident == pytest.approx(4 * (2 * policy + value) / H100.chips, rel=0.01)
+    # Beside it stand the reference and the reward model.
+    assert train.program.resident == pytest.approx(4 * (policy + value) / H100.chips, rel=0.01)
     score = line(plan, "score rollouts")
     held = [each.program.resident + each.memory.arguments for each in (train, score)]
     assert held[0] == pytest.approx(held[1], rel=0.01)  # the same arrays, passed or not
@@ -114,6 +114,26 @@ def test_the_smallest_slice(ppo):
     half = f"h200x{plan.piece.chips // 2}"
     smaller = make_plan(dataclasses.replace(ppo, mesh=Mesh(data=1, fsdp=-1)), parse_slice(half), ARITHMETIC)
     assert smaller.too_large
+
+
+def test_adapters_share_what_stays_frozen():
+    config = load_config("ppo_7b_lora")[1]
+    plan = make_plan(config, H100, ARITHMETIC)
+    assert not plan.too_large
+    policy = parameters(plan.models["model.source"][0])
+    train, score, prepare = (line(plan, name) for name in ("train step", "score rollouts", "prepare weights"))
+    models = 2 * 2 * policy / H100.chips  # in bfloat16; adapters and their moments are in float32, half of them split
+    assert models < train.total - train.memory.temporaries < 2 * models
+    held = train.program.resident + train.memory.arguments
+    assert score.program.resident + score.memory.arguments - score.program.shared == pytest.approx(held, rel=0.01)
+    assert prepare.program.resident + prepare.memory.arguments == pytest.approx(held, rel=0.01)
+
+
+@pytest.mark.parametrize("dtype, share", [("bfloat16", 1 / 2), ("int8", 0.26)])
+def test_smaller_frozen_models(ppo, plan, dtype, share):
+    smaller = make_plan(apply_overrides(ppo, [f"ppo.frozen_dtype={dtype}"]), H100, ARITHMETIC)
+    ratio = line(smaller, "train step").program.resident / line(plan, "train step").program.resident
+    assert ratio == pytest.approx(share, rel=0.1)
 
 
 def test_every_stage_has_a_plan():
