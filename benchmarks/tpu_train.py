@@ -18,11 +18,12 @@ import jax
 import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, NamedSharding
-from tpu_decode import MISTRAL, gib, placed
+from tpu_decode import gib, with_layers
 
 from cai_jax import config as configs
-from cai_jax.mesh import AXES, ROWS, shardings
+from cai_jax.mesh import AXES, ROWS, placed, shardings
 from cai_jax.models import families
+from cai_jax.models.known_shapes import known_shape
 from cai_jax.objectives.model_losses import sft_objective
 from cai_jax.training.step import TrainState, make_optimizer, make_schedule, make_train_step
 
@@ -43,7 +44,7 @@ def main():
     flags.add_argument("--hlo", help="file for the compiled program")
     args = flags.parse_args()
     mesh = topology_mesh(args.topology, args.tensor)
-    model = families.config_from_hf(MISTRAL | {"num_hidden_layers": args.layers}, "mistral")
+    model = with_layers(known_shape("mistral-7b-v0.3"), args.layers)
     start = time.time()
     compiled = lower(model, mesh, args).compile()
     report(args, compiled.memory_analysis(), mesh.size, time.time() - start)

@@ -107,7 +107,6 @@ def _train(context, folder, model, pairs, held_out):
         **pair_rows([pair["tokens"] for pair in pairs], length),
         "probability": np.asarray([pair["probability"] for pair in pairs], np.float32),
         "real": np.ones(len(pairs), np.int32),
-<<<<<<< HEAD
     })
     loss = objective(context.config, model.config)
 
@@ -117,10 +116,6 @@ def _train(context, folder, model, pairs, held_out):
     adapted = context.config.lora.rank > 0
     flops = training_flops(model.config, 1, source.mean_length, unembedded=0, frozen=adapted)
     return train(context, folder, settings, loss, model.params, source, _report, flops, quality)
-=======
-    }
-    return train(context, folder, settings, objective(context.config, model.config), model.params, arrays, _report)
->>>>>>> plan-lora
 
 
 def _report(metrics) -> dict:

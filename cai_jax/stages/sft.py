@@ -23,7 +23,6 @@ def run(context, folder) -> dict:
     """Sample the helpful answers, train, export `model/`; returns the summary of the stage."""
     settings = context.config.sft
     counters, skipped = {"empty_completion": 0, "truncated_completion": 0, "too_long": 0}, []
-<<<<<<< HEAD
     kept, mixer = {}, parse_mixer(settings.mixer)
     if "revisions" in mixer:
         kept["revisions"] = _revisions(context, counters, skipped)
@@ -44,16 +43,6 @@ def run(context, folder) -> dict:
     params, metrics = train(
         context, folder, settings, loss, context.base.params, packing, _report, flops, mean_of("loss", -1)
     )
-=======
-    kept = {"revisions": _revisions(context, counters, skipped)}
-    samples, unusable = _helpful_samples(context, folder)
-    helpful = [(row["id"], row["messages"], row["response"]) for row in samples]
-    kept["helpful"] = _examples(context, helpful, counters, skipped)
-    examples = kept["revisions"] + kept["helpful"]
-    packed = pack(examples, context.config.sft.sequence_length)
-    loss = objective(context.config, context.base.config)
-    params, metrics = train(context, folder, context.config.sft, loss, context.base.params, packed, _report)
->>>>>>> plan-lora
     context.export(folder, context.base, params, "policy")
     return {
         "examples": {name: len(examples) for name, examples in kept.items()},
@@ -144,7 +133,6 @@ def _examples(context, rows, counters, skipped) -> list[Example]:
     return examples
 
 
-<<<<<<< HEAD
 def _report(metrics) -> dict:
     return {("tokens" if name == "weight" else name): value for name, value in metrics.items()}
 
@@ -153,12 +141,3 @@ def objective(config, model):
     """What the train step minimises, for a run's `Config` and a ModelConfig."""
     shape = config.model
     return sft_objective(model, shape.compute_dtype, shape.remat, shape.attention)
-=======
-def objective(config, model):
-    """What the train step minimises, for a run's `Config` and a ModelConfig."""
-    return sft_objective(model, config.model.compute_dtype, config.model.remat)
-
-
-def _report(metrics) -> dict:
-    return {("tokens" if name == "weight" else name): value for name, value in metrics.items()}
->>>>>>> plan-lora
