@@ -259,19 +259,23 @@ def test_a_killed_process_ends_the_others_with_a_message_and_the_run_goes_on(tmp
 
 
 @pytest.mark.slow
-def test_two_processes_run_every_stage_to_the_bytes_of_one(tmp_path):
-    [(code, _, err)] = ended(launch(1, 2, tmp_path / "one"))
+def test_two_processes_run_every_stage_to_the_bytes_of_one(tmp_path, conversations):
+    """With sets mixed by fraction, and the best state exported."""
+    mixer = f"revisions=0.5,helpful=0.5,{conversations}=0.25"
+    flags = [f"--set=sft.mixer={mixer}", "--set=checkpoints.export=best", "--set=checkpoints.keep=2"]
+    [(code, _, err)] = ended(launch(1, 2, tmp_path / "one", *flags))
     assert code == 0, err
-    results = ended(launch(2, 1, tmp_path / "two"))
+    results = ended(launch(2, 1, tmp_path / "two", *flags))
     assert [code for code, _, _ in results] == [0, 0], [err for _, _, err in results]
     expected, got = artifacts(tmp_path / "one"), artifacts(tmp_path / "two")
     assert sorted(got) == sorted(expected)
     assert [name for name in expected if got[name] != expected[name]] == []
-    # Another attempt finds all stages done, in all processes.
-    results = ended(launch(2, 1, tmp_path / "two"))
+    assert json.loads(got["sft/summary.json"])["examples"] == {"revisions": 4, "helpful": 2, str(conversations): 6}
+    # Another attempt finds all stages done, in all processes; one that is missing is done by one process alone.
+    results = ended(launch(2, 1, tmp_path / "two", *flags))
     assert [code for code, _, _ in results] == [0, 0] and results[0][2].count("skipped") == 6
     shutil.rmtree(tmp_path / "two" / "evaluate")
-    [(code, _, err)] = ended(launch(1, 2, tmp_path / "two"))
+    [(code, _, err)] = ended(launch(1, 2, tmp_path / "two", *flags))
     assert code == 0 and artifacts(tmp_path / "two") == expected, err
 
 
