@@ -123,7 +123,7 @@ def test_int8_rollout_weights_stay_split_along_the_tensor_axis(platform):
     config, mesh = tiny_config("llama"), SimpleNamespace(
         shape={"data": 1, "fsdp": 1, "tensor": 2}, devices=np.asarray([SimpleNamespace(platform=platform)])
     )
-    form = partial(decoding_form, config, "bfloat16", mesh, True)
+    form = partial(decoding_form, config, "float32", mesh, platform, True)
     weights = jax.eval_shape(form, param_shapes(config, "policy"))
     placed = decoding_shardings(jax.sharding.AbstractMesh((1, 1, 2), ("data", "fsdp", "tensor")), weights)
     for name, (inputs, outputs) in {"q": (None, "tensor"), "down": ("tensor", None)}.items():

@@ -138,8 +138,9 @@ def test_an_update_of_ppo_counts_all_its_passes():
         reference=types.SimpleNamespace(config=policy), reward=types.SimpleNamespace(config=policy), prompt_length=64
     )
     settings = c.Ppo(epochs=2, response=c.Sampling(max_new_tokens=32))
+    config = c.Config(c.Model("random:llama"), "two passes", ppo=settings)
     with_logits, without = forward_flops(policy, 1, 96), forward_flops(policy, 1, 96, unembedded=0)
-    assert flops_per_token(settings, frozen) == pytest.approx((1 + 1 + 2 * 3) * with_logits + (2 + 2 * 3) * without)
+    assert flops_per_token(config, frozen) == pytest.approx((1 + 1 + 2 * 3) * with_logits + (2 + 2 * 3) * without)
 
 
 class NoCheckpoints:
@@ -154,7 +155,7 @@ class NoCheckpoints:
     def due(self, done, total):
         return done % 2 == 0 and done < total
 
-    def save(self, step, state, data):
+    def save(self, step, state, data, quality):
         self.saved.append(step)
 
     def close(self):
