@@ -115,9 +115,15 @@ def row_shards() -> int:
     return 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
 
 
+def _rows_alone() -> bool:
+    """Whether the mesh in use splits rows and not heads; where it splits both, places are the compiler's own choice."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.size > 1 and mesh.shape["tensor"] == 1
+
+
 def by_rows(x):
     """Inside a jitted function: `x` with its rows split over the mesh in use, where there is one that divides them."""
-    if jax.sharding.get_abstract_mesh().size <= 1 or x.shape[0] % row_shards():
+    if not _rows_alone() or x.shape[0] % row_shards():
         return x
     return jax.lax.with_sharding_constraint(x, ROWS)
 
@@ -134,7 +140,7 @@ def by_layer(x, weights):
     Else the compiler would do before the loop, for all layers, what it can do without `x`: cast a second copy of all
     weights, and hold it to the end.
     """
-    if jax.sharding.get_abstract_mesh().size <= 1:
+    if not _rows_alone():
         return x, weights
     return jax.lax.optimization_barrier((x, weights))
 
@@ -144,8 +150,7 @@ def gather_layer(weights):
 
     Said here, lest the compiler gathers them piece by piece, in loops that hold a float32 sum for every product.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.size <= 1:
+    if not _rows_alone():
         return weights
     return jax.tree_util.tree_map_with_path(lambda path, leaf: _gather(leaf_name(path), leaf), weights)
 

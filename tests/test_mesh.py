@@ -143,7 +143,7 @@ def assert_meshes_agree(found):
 
 
 def test_every_objective_gives_the_same_numbers_on_one_and_on_eight_devices():
-    assert_meshes_agree(steps_of_every_objective([(1, 1, 1), (2, 2, 2)], microbatches=2))
+    assert_meshes_agree(steps_of_every_objective([(1, 1, 1), (2, 4, 1), (2, 2, 2)], microbatches=2))
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from cai_jax.objectives.model_losses import (
     pair_logprobs,
     ppo_objective,
 )
-from cai_jax.training.batches import pair_rows
+from cai_jax.training.batches import pair_rows, right_padded
 
 
 @pytest.fixture(autouse=True)
@@ -106,12 +106,13 @@ def test_dpo_of_a_pair_in_one_row_is_dpo_of_its_two_texts(policy, kind):
     reference = load_model("random:llama", seed=5)
 
     def slowly(params):
-        """Log-probs of each response after its prompt, a text at a time."""
-        table = []
+        """Log-probs of each response after its prompt, a row a text."""
+        texts = [prompt + response for prompt, *responses in pairs for response in responses]
+        logits = jax.jit(forward, static_argnums=0)(policy.config, params, right_padded(texts, 16)[0])
+        rows, table = iter(jax.nn.log_softmax(logits)), []
         for prompt, *responses in pairs:
             for response in responses:
-                logits = forward(policy.config, params, jnp.asarray([prompt + response]))[0]
-                at = jax.nn.log_softmax(logits)[len(prompt) - 1 : -1]
+                at = next(rows)[len(prompt) - 1 : len(prompt) + len(response) - 1]
                 chosen = at[np.arange(len(response)), np.asarray(response)]
                 table.append(float(chosen.mean() if kind == "ipo" else chosen.sum()))
         return np.reshape(table, (3, 2))
@@ -146,5 +147,5 @@ def gradient_step(objective, params, batch):
         loss, count, sums = objective(params, batch)
         return loss, (count, sums)
 
-    (loss, more), slopes = jax.value_and_grad(run, has_aux=True)(params)
+    (loss, more), slopes = jax.jit(jax.value_and_grad(run, has_aux=True))(params)
     return (loss, slopes), more
