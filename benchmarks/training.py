@@ -48,7 +48,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=names_of(known), default=known, help=f"of {','.join(known)}")
     parser.add_argument("--repeats", type=int, default=1, help="measurements of each; medians are shown")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--remat", default="none", help="ours: a policy of model.remat")
+    parser.add_argument("--remat", default="dots", help="ours: a policy of model.remat")
     parser.add_argument("--json", type=Path, help="file for every single measurement")
     return parser.parse_args(arguments)
 
