@@ -8,7 +8,7 @@ def config() -> c.Config:
     answer = c.Sampling(temperature=0.7, top_p=0.9, max_new_tokens=36)
     rollout = c.Sampling(temperature=1.0, max_new_tokens=32)
     return c.Config(
-        description="the demo: all stages on SmolLM2-135M-Instruct, about 20 minutes on two CPU cores",
+        description="the demo: all stages on SmolLM2-135M-Instruct, 8 to 20 minutes on two CPU cores",
         model=c.Model(str(c.cache_folder() / "SmolLM2-135M-Instruct")),
         prompts=c.Prompts(
             red_team=c.PromptSet("shipped:red_team", split="train", limit=48),
