@@ -9,7 +9,8 @@ def config() -> c.Config:
         description="AI preference labels and a reward model at 7B, from the SL-CAI model of cai_7b",
         stages=("preferences", "reward_model"),
         model=c.Model("mistralai/Mistral-7B-Instruct-v0.3", compute_dtype="bfloat16", remat="full"),
-        mesh=c.Mesh(data=1, fsdp=-1),
+        # Two chips share a copy of the sampler's weights: making one on every chip needs more than a v4 has.
+        mesh=c.Mesh(data=1, fsdp=-1, tensor=2),
         sampler=c.Sampler(rows=128, max_length=3072, prefill_tokens=8192),
         preferences=c.Preferences(
             policy=sl_cai, response=c.Sampling(max_new_tokens=512), pairs_per_prompt=4, rows_per_shard=256
