@@ -107,9 +107,13 @@ def from_slabs(x, length):
 def logprobs_and_entropy(logits, targets):
     """log softmax(logits)[target] and the entropy of softmax(logits): logits [..., V] -> two arrays [...]."""
     log_normalizer = jax.nn.logsumexp(logits, axis=-1)
-    # A comparison instead of a gather: it fuses, and it stays local where the vocabulary is sharded.
-    is_target = targets[..., None] == jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1)
-    target_logits = jnp.where(is_target, logits, 0).sum(-1)
     log_probabilities = logits - log_normalizer[..., None]
     entropy = -(jnp.exp(log_probabilities) * log_probabilities).sum(-1)
-    return target_logits - log_normalizer, entropy
+    return logits_of(targets, logits) - log_normalizer, entropy
+
+
+def logits_of(targets, logits):
+    """The logit of each target: logits [..., V] -> [...]."""
+    # A comparison instead of a gather: it fuses, and it stays local where the vocabulary is sharded.
+    is_target = targets[..., None] == jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1)
+    return jnp.where(is_target, logits, 0).sum(-1)

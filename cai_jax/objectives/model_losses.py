@@ -20,7 +20,7 @@ from .logprobs import masked_fill, masked_sum, token_logprobs
 def sft_objective(config: ModelConfig, compute_dtype="float32", remat="none", attention="auto"):
     """Negative log-likelihood of completion tokens in packed rows.
 
-    Batch: `tokens`, `positions`, `segments`, `targets` (1 at completion tokens), `[B, T]` each; see `batches.pack`.
+    Batch: `tokens`, `positions`, `segments`, `targets` (1 at completion tokens), `[B, T]` each; see `batches.Packing`.
     The weight is the number of completion tokens.
     """
 

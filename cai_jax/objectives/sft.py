@@ -12,6 +12,7 @@ from .logprobs import (
     as_float,
     assert_same_shape,
     from_slabs,
+    logits_of,
     masked_fill,
     masked_mean,
     masked_sum,
@@ -52,9 +53,7 @@ def nll_sum(head, weights, hidden_BTD, targets_BT, mask_BT, chunk: int = CHUNK):
 
 def _slab_nll(head, weights, hidden, targets, mask):
     logits = head(weights, hidden)
-    is_target = targets[..., None] == jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1)
-    target_logits = jnp.where(is_target, logits, 0).sum(-1)
-    return token_loss_sums(target_logits - jax.nn.logsumexp(logits, axis=-1), mask)[0]
+    return token_loss_sums(logits_of(targets, logits) - jax.nn.logsumexp(logits, axis=-1), mask)[0]
 
 
 def _nll_forward(head, weights, hidden_BTD, targets_BT, mask_BT, chunk):

@@ -19,7 +19,6 @@ from cai_jax.errors import UserError
 from cai_jax.mesh import on_host
 from cai_jax.models.flops import forward_flops, training_flops
 from cai_jax.models.heads import last_real, values
-from cai_jax.models.kernels import cast
 from cai_jax.models.lora import trainable
 from cai_jax.models.pretrained import Model
 from cai_jax.objectives import ppo
@@ -196,14 +195,14 @@ def score_rollouts(context, frozen: Frozen, value_params, rollouts, bias: float)
 
     The value model starts as the reward model, so `bias` is taken off its values as it is off the scores.
     """
-    settings = context.config.ppo
+    settings, shape = context.config.ppo, context.config.model
     parts = []
     rows = settings.rollouts // settings.minibatches // settings.microbatches
     for start in range(0, settings.rollouts, rows):
         part = {name: rollouts[name][start : start + rows] for name in ("tokens", "positions", "mask")}
         scored = _score(
             frozen.reference.config, frozen.reward.config, frozen.reference.params, value_params, frozen.reward.params,
-            context.put_rows(part), settings.response.temperature, context.config.model.compute_dtype,
+            context.put_rows(part), settings.response.temperature, shape.compute_dtype, shape.attention,
         )  # fmt: skip
         parts.append([on_host(x) for x in scored])
     ref_logprobs, raw_values, raw_scores = (np.concatenate(column) for column in zip(*parts, strict=True))
@@ -220,20 +219,22 @@ def score_rollouts(context, frozen: Frozen, value_params, rollouts, bias: float)
     return same | batch | {"old_values": old_values}, report
 
 
-@partial(jax.jit, static_argnames=("config", "reward_config", "dtype"))
-def _score(config, reward_config, reference, value, reward, part, temperature, dtype):
+@partial(jax.jit, static_argnames=("config", "reward_config", "dtype", "attention"))
+def _score(config, reward_config, reference, value, reward, part, temperature, dtype, attention):
     """Reference log-probs and values of the completion tokens `[B, N]`, raw reward scores `[B]`."""
     arrays = part["tokens"], part["positions"], part["mask"]
-    ref_logprobs_BN, _ = completion_logprobs(config, reference, *arrays, temperature, dtype)
-    values_BN = completion_values(reward_config, value, *arrays, dtype)
-    scores_BT = values(reward_config, cast(reward, dtype), part["tokens"], part["positions"])
+    ref_logprobs_BN, _ = completion_logprobs(config, reference, *arrays, temperature, dtype, attention=attention)
+    values_BN = completion_values(reward_config, value, *arrays, dtype, attention=attention)
+    scores_BT = values(reward_config, reward, part["tokens"], part["positions"], attention=attention, dtype=dtype)
     return ref_logprobs_BN, values_BN, last_real(scores_BT, part["positions"])
 
 
 def lower_score(config, policy, scorer, reference, value, reward, part):
     """The scoring program of a run's `Config`, lowered from shapes in the place of params and rollouts."""
-    temperature, dtype = config.ppo.response.temperature, config.model.compute_dtype
-    return _score.lower(policy, scorer, reference, value, reward, part, temperature, dtype)
+    temperature, shape = config.ppo.response.temperature, config.model
+    return _score.lower(
+        policy, scorer, reference, value, reward, part, temperature, shape.compute_dtype, shape.attention
+    )
 
 
 @partial(jax.jit, static_argnames=("estimator", "whiten"))

@@ -8,7 +8,6 @@ import numpy as np
 
 from cai_jax.mesh import on_host
 from cai_jax.models.heads import last_real, values
-from cai_jax.models.kernels import cast
 from cai_jax.sampler.engine import bucket
 from cai_jax.training.batches import right_padded
 
@@ -27,7 +26,8 @@ def score_texts(context, config, params, rows_of_tokens) -> np.ndarray:
             batch = indices[start : start + rows]
             texts = [rows_of_tokens[i] for i in batch] + [[0]] * (rows - len(batch))
             placed = context.put_rows(right_padded(texts, length))
-            rewards_B = _rewards(config, params, *placed, context.config.model.compute_dtype)
+            shape = context.config.model
+            rewards_B = _rewards(config, params, *placed, shape.compute_dtype, shape.attention)
             scores[batch] = on_host(rewards_B)[: len(batch)]
     return scores
 
@@ -40,9 +40,10 @@ def rows_of_pass(mesh) -> int:
 
 def lower_rewards(config, model, params, tokens_BT, positions_BT):
     """The scoring program of a run's `Config`, lowered from shapes in the place of params and texts."""
-    return _rewards.lower(model, params, tokens_BT, positions_BT, config.model.compute_dtype)
+    return _rewards.lower(model, params, tokens_BT, positions_BT, config.model.compute_dtype, config.model.attention)
 
 
-@partial(jax.jit, static_argnames=("config", "dtype"))
-def _rewards(config, params, tokens_BT, positions_BT, dtype):
-    return last_real(values(config, cast(params, dtype), tokens_BT, positions_BT), positions_BT)
+@partial(jax.jit, static_argnames=("config", "dtype", "attention"))
+def _rewards(config, params, tokens_BT, positions_BT, dtype, attention):
+    values_BT = values(config, params, tokens_BT, positions_BT, attention=attention, dtype=dtype)
+    return last_real(values_BT, positions_BT)

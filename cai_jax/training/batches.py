@@ -170,7 +170,8 @@ class Rows:
 
     def tokens(self, rows: Sequence[int]) -> int:
         """How many tokens the named rows hold together; row -1 holds none."""
-        return int((self.take(rows)["positions"] >= 0).sum())
+        numbers = np.asarray(rows)
+        return int((self.arrays["positions"][numbers[numbers >= 0]] >= 0).sum())
 
     def take(self, rows: Sequence[int]) -> dict[str, np.ndarray]:
         """The named rows; row -1 is an empty one."""

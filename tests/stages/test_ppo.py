@@ -11,6 +11,7 @@ import pytest
 from cai_jax import Sampler
 from cai_jax.config import Config, Model, Ppo, Sampling, apply_overrides
 from cai_jax.errors import UserError
+from cai_jax.models import transformer
 from cai_jax.models.pretrained import load_model
 from cai_jax.named_runs import load_config
 from cai_jax.objectives.model_losses import completion_logprobs, completion_values, ppo_objective
@@ -18,7 +19,8 @@ from cai_jax.progress import Progress
 from cai_jax.provenance import row_seed
 from cai_jax.stages import ppo
 from cai_jax.stages.context import prepare
-from cai_jax.stages.ppo import Frozen, _reward_bias, _score, sample_rollouts, score_rollouts
+from cai_jax.stages.ppo import Frozen, _reward_bias, _score, lower_score, sample_rollouts, score_rollouts
+from cai_jax.stages.scoring import lower_rewards
 
 PROMPT, ROOM, ROWS = 8, 6, 4
 
@@ -126,12 +128,29 @@ def test_smaller_frozen_models_stay_close(frozen, rollouts, dtype):
     part = {name: rollouts[name] for name in ("tokens", "positions", "mask")}
     (ref, _, scores), (small_ref, _, small_scores) = (
         _score(f.reference.config, f.reward.config, f.reference.params, frozen.reward.params, f.reward.params, part,
-               1.0, "float32")
+               1.0, "float32", "auto")
         for f in (frozen, small)
     )  # fmt: skip
     error = np.abs(ref - small_ref)[rollouts["mask"] > 0]
     assert 0 < error.mean() < 0.02, "nats a token, which is what enters the KL"
     assert 0 < np.abs(scores - small_scores).max() < 0.05 * np.std(scores) + 0.05
+
+
+def test_scoring_attends_as_the_config_says(frozen, rollouts, monkeypatch):
+    asked, choose = [], transformer.choose_backend
+
+    def note(wanted, *rest):
+        asked.append(wanted)
+        return choose("xla", *rest)
+
+    monkeypatch.setattr(transformer, "choose_backend", note)
+    models = frozen.reference.params, frozen.reward.params, frozen.reward.params
+    part = {name: rollouts[name] for name in ("tokens", "positions", "mask")}
+    config = Config(Model("random:llama", attention="cudnn"), "as asked")
+    lower_score(config, frozen.reference.config, frozen.reward.config, *models, part)
+    tokens, positions = part["tokens"], part["positions"]
+    lower_rewards(config, frozen.reward.config, frozen.reward.params, tokens, positions)
+    assert asked == ["cudnn"] * 4, "reference, values and scores of rollouts; scores of texts"
 
 
 def live_bytes():
