@@ -26,8 +26,7 @@ from dataclasses import dataclass, fields
 from datetime import date, datetime
 from pathlib import Path
 
-from cai_jax.config import did_you_mean
-from cai_jax.errors import UserError
+from cai_jax.errors import UserError, did_you_mean
 from cai_jax.provenance import content_hash
 from cai_jax.strict_yaml import read_yaml
 

@@ -1,5 +1,14 @@
 """Errors that a user can mend."""
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 
 class UserError(Exception):
     """A mistake in the input: one line that says what, where and how to mend it. Exit code 2, no traceback."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of an error line: "; did you mean X?" for the nearest known name, or nothing."""
+    nearest = get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {nearest[0]}?" if nearest else ""

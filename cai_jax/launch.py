@@ -28,10 +28,12 @@ from pathlib import Path
 from absl import app, flags, logging
 
 from cai_jax import distributed, interrupts, provenance
-from cai_jax.config import Config, apply_overrides, cache_folder, flatten, format_value, to_dict
+from cai_jax.config import Config, cache_folder
+from cai_jax.config_rules import validate
 from cai_jax.errors import UserError
 from cai_jax.metrics_log import check_wandb
-from cai_jax.named_runs import load_config, named_runs, validate
+from cai_jax.named_runs import load_config, named_runs
+from cai_jax.overrides import apply_overrides, flatten, format_value, to_dict
 from cai_jax.profiling import Profiler
 from cai_jax.progress import Progress
 

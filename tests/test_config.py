@@ -7,18 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cai_jax import named_runs
-from cai_jax.config import (
-    Config,
-    Mesh,
-    Model,
-    Ppo,
-    apply_overrides,
-    flatten,
-    format_value,
-    to_dict,
-)
+from cai_jax.config import Config, Mesh, Model, Ppo
+from cai_jax.config_rules import validate
 from cai_jax.errors import UserError
-from cai_jax.named_runs import load_config, validate
+from cai_jax.named_runs import load_config
+from cai_jax.overrides import apply_overrides, flatten, format_value, to_dict
 
 
 def base() -> Config:

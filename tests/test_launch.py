@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 from cai_jax import launch
-from cai_jax.config import STAGES, apply_overrides, flatten
+from cai_jax.config import STAGES
 from cai_jax.errors import UserError
 from cai_jax.named_runs import load_config
+from cai_jax.overrides import apply_overrides, flatten
 from cai_jax.progress import Progress, duration
 from cai_jax.provenance import locked_run_folder, read_json
 

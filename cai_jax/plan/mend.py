@@ -4,8 +4,9 @@ import sys
 from collections.abc import Callable, Iterator
 
 from cai_jax.accelerators import Slice, slices_of
-from cai_jax.config import Config, apply_overrides, flatten
+from cai_jax.config import Config
 from cai_jax.errors import UserError
+from cai_jax.overrides import apply_overrides, flatten
 
 Change = tuple[tuple[str, ...], Slice]  # settings to make, and the slice to take
 

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 from cai_jax.accelerators import Accelerator, Slice, slices_of
 from cai_jax.config import Config
+from cai_jax.config_rules import validate
 from cai_jax.errors import UserError
 from cai_jax.models.families import ModelConfig
 from cai_jax.models.known_shapes import shape_of
-from cai_jax.named_runs import validate
 from cai_jax.plan import mend
 from cai_jax.plan.measure import Measurer, Memory, arrays_alone
 from cai_jax.plan.programs import GENERATION, SCORING, TRAINING, Program, Run

@@ -12,7 +12,7 @@ import jax
 
 import cai_jax
 from cai_jax import mesh as meshes
-from cai_jax.config import Config, flatten
+from cai_jax.config import Config
 from cai_jax.constitution import Constitution, load_constitution
 from cai_jax.conversation_sets import Conversations
 from cai_jax.errors import UserError
@@ -21,6 +21,7 @@ from cai_jax.metrics_log import MetricsLog
 from cai_jax.models import lora
 from cai_jax.models.adapters import save_adapter
 from cai_jax.models.pretrained import Model, load_model, model_hash, save_model
+from cai_jax.overrides import flatten
 from cai_jax.progress import Progress, duration
 from cai_jax.provenance import StageFolder, check_free_space, row_seed
 from cai_jax.sampler import Sampler

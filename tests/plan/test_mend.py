@@ -1,5 +1,6 @@
 from cai_jax.accelerators import GIB, parse_slice
-from cai_jax.config import Config, Mesh, Model, Ppo, Sampler, apply_overrides
+from cai_jax.config import Config, Mesh, Model, Ppo, Sampler
+from cai_jax.overrides import apply_overrides
 from cai_jax.plan import mend
 
 CONFIG = Config(

@@ -9,10 +9,11 @@ import sys
 import pytest
 
 from cai_jax.accelerators import ACCELERATORS, GIB, Accelerator, Slice, parse_slice
-from cai_jax.config import Mesh, Model, apply_overrides
+from cai_jax.config import Mesh, Model
 from cai_jax.errors import UserError
 from cai_jax.models.flops import parameters
 from cai_jax.named_runs import load_config
+from cai_jax.overrides import apply_overrides
 from cai_jax.plan import command
 from cai_jax.plan.measure import Measurer, _used
 from cai_jax.plan.plan import find_change, make_plan, smallest_plan

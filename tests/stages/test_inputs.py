@@ -6,11 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from cai_jax.config import STAGES, apply_overrides
+from cai_jax.config import STAGES
 from cai_jax.errors import UserError
 from cai_jax.models.byte_tokenizer import byte_tokenizer
 from cai_jax.models.pretrained import load_model, save_model
 from cai_jax.named_runs import load_config
+from cai_jax.overrides import apply_overrides
 from cai_jax.progress import Progress
 from cai_jax.provenance import StageFolder
 from cai_jax.stages import inputs, sft

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 from cai_jax import Sampler
-from cai_jax.config import Config, Model, Ppo, Sampling, apply_overrides
+from cai_jax.config import Config, Model, Ppo, Sampling
 from cai_jax.errors import UserError
 from cai_jax.models import transformer
 from cai_jax.models.pretrained import load_model
 from cai_jax.named_runs import load_config
 from cai_jax.objectives.model_losses import completion_logprobs, completion_values, ppo_objective
+from cai_jax.overrides import apply_overrides
 from cai_jax.progress import Progress
 from cai_jax.provenance import row_seed
 from cai_jax.stages import ppo
