@@ -1,10 +1,8 @@
 """What a row may ask of the sampler, and what it gets back."""
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
 
 from cai_jax.config import Sampling
 
@@ -34,6 +32,16 @@ class Score:
 
 
 @dataclass(frozen=True)
+class Outside:
+    """Ask for what `call()` returns: work outside of this program, such as a request over HTTP.
+
+    Calls run in threads while other rows go on; their results must not depend on their order.
+    """
+
+    call: Callable[[], Any]
+
+
+@dataclass(frozen=True)
 class Sample:
     """One completion. `tokens` and `logprobs` include the stop token; `truncated` says that there was none."""
 
@@ -44,4 +52,4 @@ class Sample:
 
 
 # The program of one row: it yields requests, is sent their answers, and returns whatever the row comes to.
-Row = Generator[Generate | Score, Sample | list[np.ndarray], Any]
+Row = Generator[Generate | Score | Outside, Any, Any]

@@ -1,0 +1,48 @@
+"""What a labeler is given, what it says, and what it is: one interface, whatever stands behind it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from cai_jax.constitution import Principle
+from cai_jax.sampler import Row
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two responses to one conversation."""
+
+    id: str
+    messages: Sequence[dict]  # {role, content}, the last one a user's
+    response_a: str
+    response_b: str
+
+
+@dataclass(frozen=True)
+class Opinion:
+    """What a labeler says of a pair.
+
+    `logit` is the log-odds that response_a is the better one, in nats; None where the labeler has no opinion, and
+    `failure` names why ("too_long", "unparsable", ...): it is counted, never replaced by a guess. `detail` is what the
+    opinion was made of, ready for JSON: log-probs of both orders, principles, the text of a verdict.
+    """
+
+    logit: float | None
+    failure: str = ""
+    detail: dict = field(default_factory=dict)
+
+
+class Labeler(Protocol):
+    """Something that compares two responses under principles.
+
+    `hash` is of all that decides its opinions beside the pair and the principles: model, texts, settings. `preamble` is the
+    conversation start that most of its requests share; the sampler runs it once.
+    """
+
+    name: str
+    hash: str
+    preamble: Sequence[dict]
+
+    def compare(self, pair: Pair, principles: Sequence[Principle], seed: int) -> Row:
+        """A row program that asks the sampler what it needs and returns an `Opinion`."""
+        ...
