@@ -35,8 +35,8 @@ class Opinion:
 class Labeler(Protocol):
     """Something that compares two responses under principles.
 
-    `hash` is of all that decides its opinions beside the pair and the principles: model, texts, settings. `preamble` is the
-    conversation start that most of its requests share; the sampler runs it once.
+    `hash` is of all that decides its opinions beside the pair and the principles: model, texts, settings. `preamble` is
+    the conversation start that most of its requests share; the sampler runs it once.
     """
 
     name: str
