@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")  # of every layer
+LABELERS = ("options", "thought", "contrast", "rating", "rule")
 STAGES = ("critique_revision", "sft", "preferences", "reward_model", "ppo", "evaluate")
 
 
@@ -130,11 +131,62 @@ class Sft:
 
 
 @dataclass(frozen=True)
+class Thought:
+    """The labeler that reasons before its verdict."""
+
+    reasoning: Sampling = Sampling(temperature=0.7, top_p=0.9, max_new_tokens=96)
+    most: float = 0.6  # a label's probability stays from 1 - most to most, as verdicts after reasoning are too sure
+    # (Bai et al. 2022, section 4.1); 1: as it is
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """The labeler that asks how much likelier a response is where the principle is asked for, not its opposite."""
+
+    per_token: bool = True  # the mean over a response's tokens; else their sum
+    scale: float = 10.0  # nats of the label for a difference of 1
+
+
+@dataclass(frozen=True)
+class Rating:
+    """The labeler that rates each response alone, from 1 to 10."""
+
+    scale: float = 1.0  # nats of the label for a point of difference
+
+
+@dataclass(frozen=True)
+class Rule:
+    """The labeler that runs the checks of the constitution."""
+
+    probability: float = 1.0  # of the response that keeps every rule over one that keeps none, up to 10 nats
+
+
+@dataclass(frozen=True)
+class Filters:
+    """Which labelled pairs are kept for training; applied in this order, each counted."""
+
+    duplicates: bool = True  # drop identical responses, and a pair that stands there already
+    ties: bool = True  # drop a probability within 0.001 of 1/2
+    consistent: bool = False  # drop where the judge's choice changes with the order of showing
+    least_confidence: float = 0.5  # probability that the preferred response must have; 0.5: off
+    length_matched: bool = False  # drop until the longer response wins as often as the shorter, at every length ratio
+
+
+@dataclass(frozen=True)
 class Preferences:
-    """AI labels: two responses a prompt, compared under one drawn principle, in both orders."""
+    """AI labels: two responses a prompt, compared under drawn principles."""
 
     policy: str = ""  # model that answers; "": the SL-CAI model of this run
     judge: str = ""  # model that labels; "": the model that the run starts from
+    labelers: tuple[str, ...] = ("options",)  # of options, thought, contrast, rating, rule; several vote
+    principles: int = 1  # drawn for a pair without repetition, their log-odds averaged; 0: all
+    orders: str = "both"  # the responses are shown in both orders and averaged, or first: in one only
+    guard: bool = True  # lines of a response that imitate a verdict, a rating or a next turn are not shown to judges
+    thought: Thought = Thought()
+    contrast: Contrast = Contrast()
+    rating: Rating = Rating()
+    rule: Rule = Rule()
+    filters: Filters = Filters()
     response: Sampling = Sampling(max_new_tokens=128)
     pairs_per_prompt: int = 1
     rows_per_shard: int = 64

@@ -2,9 +2,10 @@
 
 import math
 from dataclasses import fields, is_dataclass
+from operator import attrgetter
 
 from cai_jax import config as c
-from cai_jax.config import STAGES, Config
+from cai_jax.config import LABELERS, STAGES, Config
 from cai_jax.conversation_sets import parse_mixer
 from cai_jax.errors import UserError, did_you_mean
 
@@ -15,6 +16,7 @@ def validate(config: Config) -> None:
     _check_stages(config.stages)
     _check_mesh(config.mesh)
     _check_batches(config)
+    _check_labelers(config.preferences)
     _check_sampling(config)
     _check_lengths(config)
     parse_mixer(config.sft.mixer)
@@ -85,6 +87,18 @@ def _check_batches(config: Config) -> None:
                         f"ppo.microbatches ({ppo.minibatches} x {ppo.microbatches})")
 
 
+def _check_labelers(settings: c.Preferences) -> None:
+    names = settings.labelers
+    for name in names:
+        if name not in LABELERS:
+            raise UserError(f"preferences.labelers: there is no labeler {name!r}{did_you_mean(name, LABELERS)} "
+                            f"(there are {', '.join(LABELERS)})")
+    if not names or len(set(names)) < len(names):
+        raise UserError(f"preferences.labelers must name some of {', '.join(LABELERS)}, each once, not {names!r}")
+    if settings.filters.consistent and settings.orders != "both":
+        raise UserError("preferences.filters.consistent needs both orders: set preferences.orders=both")
+
+
 def _check_sampling(config: Config) -> None:
     if config.preferences.response.temperature == 0:
         raise UserError("preferences.response.temperature must be above 0: "
@@ -101,7 +115,7 @@ def _check_sampling(config: Config) -> None:
 
 def _check_lengths(config: Config) -> None:
     longest = config.sampler.max_length
-    samplings = {f"{section}.{part}": getattr(getattr(config, section), part)
+    samplings = {f"{section}.{part}": attrgetter(part)(getattr(config, section))
                  for section, parts in _SAMPLINGS.items() if section in config.stages for part in parts}
     for name, sampling in samplings.items():
         if sampling.max_new_tokens >= longest:
@@ -116,7 +130,7 @@ def _check_lengths(config: Config) -> None:
 _SAMPLINGS = {
     "critique_revision": ("response", "critique", "revision"),
     "sft": ("helpful",),
-    "preferences": ("response",),
+    "preferences": ("response", "thought.reasoning"),
     "ppo": ("response",),
     "evaluate": ("response",),
 }
@@ -135,6 +149,7 @@ _FROM_0_BELOW_1 = (lambda value: 0 <= value < 1), "from 0 to below 1"
 _BETWEEN_0_AND_1 = (lambda value: 0 < value < 1), "between 0 and 1, both left out"
 _ABOVE_0_TO_1 = (lambda value: 0 < value <= 1), "above 0 and at most 1"
 _FROM_0_TO_1 = (lambda value: 0 <= value <= 1), "from 0 to 1"
+_ABOVE_HALF = (lambda value: 0.5 < value <= 1), "above 0.5 and at most 1"
 _NOT_EMPTY = (lambda value: bool(value.strip())), "a text that is not empty"
 _ONE_LINE = (lambda value: bool(value.strip()) and len(value.splitlines()) == 1), "one line of text"
 _AXIS = (lambda value: value == -1 or value >= 1), "at least 1, or -1 for whatever is left"
@@ -187,7 +202,17 @@ _RULES = {
         "rows_per_shard": _at_least(1),
         "checkpoint_every": _at_least(1),
     },
-    c.Preferences: {"pairs_per_prompt": _at_least(1), "rows_per_shard": _at_least(1)},
+    c.Thought: {"most": _ABOVE_HALF},
+    c.Contrast: {"scale": _POSITIVE},
+    c.Rating: {"scale": _POSITIVE},
+    c.Rule: {"probability": _ABOVE_HALF},
+    c.Filters: {"least_confidence": ((lambda value: 0.5 <= value < 1), "from 0.5 to below 1")},
+    c.Preferences: {
+        "principles": _at_least(0),
+        "orders": _one_of("both", "first"),
+        "pairs_per_prompt": _at_least(1),
+        "rows_per_shard": _at_least(1),
+    },
     c.RewardModel: {
         "epochs": _at_least(1),
         "batch_size": _at_least(1),

@@ -10,6 +10,7 @@
         revision_request: Rewrite your answer in at most 20 words. Give only the new answer.
         preference_question: Which response is shorter?
         check: {max_words: 20}        # optional: a rule on the response, an exact ground truth
+        opposite: Ramble on.          # optional: asks for a reply that breaks the principle
     few_shots:                        # optional
       critique:
         - {prompt: ..., response: ..., principle: brief, critique: ..., revision: ...}
@@ -59,7 +60,8 @@ class Principle:
     revision_request: str
     preference_question: str
     check: Check | None
-    hash: str  # of all that stands above
+    hash: str  # of all that is written
+    opposite: str = ""  # how a reply that breaks the principle is asked for; "": from the title
 
 
 @dataclass(frozen=True)
@@ -240,15 +242,16 @@ def _constitution(data, path: str) -> Constitution:
 def _principle(data, where: str) -> Principle:
     if isinstance(data, dict) and isinstance(data.get("id"), str) and data["id"].strip():
         where = f"{where} ({_shown(data['id'])})"
-    _check_keys(data, where, required=("id", "title", "category", *_REQUESTS), optional=("check",))
+    _check_keys(data, where, required=("id", "title", "category", *_REQUESTS), optional=("check", "opposite"))
     content = {name: _line(data, name, where) for name in ("id", "title", "category")}
     if len(content["id"].split()) > 1:
         raise _fault(where, "id must not hold white space; write for example no_weapons")
     content |= {name: _text(data, name, where) for name in _REQUESTS}
     check = _check(data["check"], where) if "check" in data else None
-    # Bounds that are not set stay out of the hash: a new kind of rule changes no old hash.
-    hashed = content | ({"check": _set_bounds(check)} if check else {})
-    return Principle(**content, check=check, hash=content_hash(hashed))
+    opposite = _text(data, "opposite", where) if "opposite" in data else ""
+    # What is not set stays out of the hash: a new field or kind of rule changes no old hash.
+    hashed = content | ({"check": _set_bounds(check)} if check else {}) | ({"opposite": opposite} if opposite else {})
+    return Principle(**content, check=check, hash=content_hash(hashed), opposite=opposite)
 
 
 def _refuse_double_ids(principles: tuple[Principle, ...], path: str) -> None:

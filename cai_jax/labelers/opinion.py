@@ -1,5 +1,6 @@
 """What a labeler is given, what it says, and what it is: one interface, whatever stands behind it."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -24,12 +25,15 @@ class Opinion:
 
     `logit` is the log-odds that response_a is the better one, in nats; None where the labeler has no opinion, and
     `failure` names why ("too_long", "unparsable", ...): it is counted, never replaced by a guess. `detail` is what the
-    opinion was made of, ready for JSON: log-probs of both orders, principles, the text of a verdict.
+    opinion was made of, ready for JSON: log-probs of both orders, principles, the text of a verdict. Two of its names
+    mean the same everywhere: "orders", the log-odds of response_a when it is shown first and (if asked) second, of
+    labelers that show the responses side by side; "flags", {name: bool}, which are counted.
     """
 
     logit: float | None
     failure: str = ""
     detail: dict = field(default_factory=dict)
+    limit: float = math.inf  # of a label's log-odds made of this opinion, at whatever temperature
 
 
 class Labeler(Protocol):

@@ -1,0 +1,52 @@
+"""Labelers by name, from the config of a run."""
+
+from cai_jax.config import LABELERS, Config, Preferences
+from cai_jax.constitution import Constitution
+from cai_jax.errors import UserError, did_you_mean
+from cai_jax.labelers.contrast import Contrast
+from cai_jax.labelers.judge import Judge
+from cai_jax.labelers.opinion import Labeler
+from cai_jax.labelers.options import Options
+from cai_jax.labelers.rating import Rating
+from cai_jax.labelers.rule import Rule
+from cai_jax.labelers.thought import Thought
+from cai_jax.prompts import preference_preamble, resolve_options, resolve_ratings
+
+
+def labeler(name: str, config: Config, constitution: Constitution, judge: Judge) -> Labeler:
+    """The labeler of this name, one of `config.LABELERS`, as the config's `preferences` section has it.
+
+    Raises UserError for an unknown name, and where the judge's tokenizer or the constitution does not give what the
+    labeler needs.
+    """
+    if name not in _MAKERS:
+        raise UserError(f"preferences.labelers: there is no labeler {name!r}{did_you_mean(name, LABELERS)} "
+                        f"(there are {', '.join(LABELERS)})")
+    return _MAKERS[name](config.preferences, constitution, judge)
+
+
+def _options(settings: Preferences, constitution: Constitution, judge: Judge) -> Options:
+    answer = resolve_options(judge.tokenizer)
+    return Options(judge, answer, settings.orders == "both", preference_preamble(constitution, answer))
+
+
+def _thought(settings: Preferences, constitution: Constitution, judge: Judge) -> Thought:
+    return Thought(judge, resolve_options(judge.tokenizer), settings.thought, settings.orders == "both")
+
+
+def _contrast(settings: Preferences, constitution: Constitution, judge: Judge) -> Contrast:
+    return Contrast(judge, settings.contrast)
+
+
+def _rating(settings: Preferences, constitution: Constitution, judge: Judge) -> Rating:
+    return Rating(judge, resolve_ratings(judge.tokenizer), settings.rating)
+
+
+def _rule(settings: Preferences, constitution: Constitution, judge: Judge) -> Rule:
+    if not any(principle.check for principle in constitution.principles):
+        raise UserError(f"{constitution.path}: no principle has a check, which the labeler rule needs: write one, "
+                        "or take rule out of preferences.labelers")
+    return Rule(settings.rule)
+
+
+_MAKERS = {"options": _options, "thought": _thought, "contrast": _contrast, "rating": _rating, "rule": _rule}
