@@ -43,9 +43,6 @@ def _rating(settings: Preferences, constitution: Constitution, judge: Judge) -> 
 
 
 def _rule(settings: Preferences, constitution: Constitution, judge: Judge) -> Rule:
-    if not any(principle.check for principle in constitution.principles):
-        raise UserError(f"{constitution.path}: no principle has a check, which the labeler rule needs: write one, "
-                        "or take rule out of preferences.labelers")
     return Rule(settings.rule)
 
 

@@ -27,7 +27,7 @@ from cai_jax.provenance import StageFolder, check_free_space, row_seed
 from cai_jax.sampler import Sampler
 from cai_jax.sampler.cache import cache_bytes, entry_dtype
 from cai_jax.sampler.memory import check_cache_fits, gibibytes
-from cai_jax.stages.inputs import check_models, override_of, read_mixed, read_prompts, sources
+from cai_jax.stages.inputs import check_models, check_principles, override_of, read_mixed, read_prompts, sources
 from cai_jax.training.checkpoint import Checkpoints
 
 PROMPT_SETS = {
@@ -254,6 +254,7 @@ class Context:
 def prepare(name: str, config: Config, run_dir: Path, fresh: bool, progress: Progress) -> Context:
     """Read and check everything that a run starts from; whatever is wrong with it is a UserError now."""
     constitution = load_constitution(config.constitution)
+    check_principles(config, constitution)
     prompts = read_prompts(config)
     mesh = meshes.make_mesh(config.mesh)
     check_rows(config, mesh)

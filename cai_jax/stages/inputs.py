@@ -4,11 +4,12 @@ from pathlib import Path
 
 from cai_jax.chat import encode_chat, turn_end_id
 from cai_jax.config import Config
+from cai_jax.constitution import Constitution
 from cai_jax.conversation_sets import OWN, Conversations, load_conversations, parse_mixer
 from cai_jax.errors import UserError
 from cai_jax.models.pretrained import ModelInfo, check_model, written_ids
 from cai_jax.prompt_sets import PromptRows, check_disjoint, load_prompts, with_unique_ids
-from cai_jax.prompts import resolve_options
+from cai_jax.prompts import resolve_options, resolve_ratings
 from cai_jax.provenance import StageFolder
 
 # The stages that each stage reads, and the config field that names a model folder in their place.
@@ -59,6 +60,19 @@ def read_mixed(config: Config, prompts: dict[str, PromptRows]) -> dict[str, Conv
         return {}
     evaluation = {name: prompts[name] for name in _EVAL_SETS}
     return {s: load_conversations(s, evaluation) for s in parse_mixer(config.sft.mixer) if s not in OWN}
+
+
+def check_principles(config: Config, constitution: Constitution) -> None:
+    """Raise UserError where the constitution does not give what the labelers of a selected stage need."""
+    if "preferences" not in config.stages:
+        return
+    count, there = config.preferences.principles, len(constitution.principles)
+    if count > there:
+        raise UserError(f"preferences.principles ({count}) is more than the {there} of {constitution.path}; "
+                        "0 takes all")
+    if "rule" in config.preferences.labelers and not any(principle.check for principle in constitution.principles):
+        raise UserError(f"{constitution.path}: no principle has a check, which the labeler rule needs: write one, "
+                        "or take rule out of preferences.labelers")
 
 
 def check_models(config: Config, run_dir: Path) -> None:
@@ -144,7 +158,10 @@ def _check_sft(config: Config, base: ModelInfo, models: dict) -> None:
 def _check_preferences(config: Config, base: ModelInfo, models: dict) -> None:
     judge = check_model(config.preferences.judge, "policy") if config.preferences.judge else base
     _check_tokenizer(judge)
-    resolve_options(judge.tokenizer)
+    if {"options", "thought"} & set(config.preferences.labelers):
+        resolve_options(judge.tokenizer)
+    if "rating" in config.preferences.labelers:
+        resolve_ratings(judge.tokenizer)
 
 
 def _check_reward_model(config: Config, base: ModelInfo, models: dict) -> None:

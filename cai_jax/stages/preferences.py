@@ -1,54 +1,53 @@
-"""AI labels (Bai et al. 2022, section 4.1): two responses of the SL-CAI model, compared under one drawn principle.
+"""AI labels (Bai et al. 2022, section 4.1): two responses of the SL-CAI model, compared under drawn principles.
 
-A label is the normalised probability of the options (A) and (B) as the judge's next token. Small judges favour a
-place over a text (Lee et al. 2023, arXiv 2309.00267, section 2.1), so both orders are scored and averaged. A pair that
-the judge's context does not hold is skipped by name: every row has a label.
+Labelers give log-odds; those of several are averaged. A pair on which none has an opinion is skipped by name: every row
+has a label. Filters then say which rows are fit to train on; the others stay, with the name of the filter.
 """
 
-import math
+from collections import Counter
 
 import numpy as np
 
-from cai_jax.chat import encode_chat
+from cai_jax import filters
 from cai_jax.errors import UserError
+from cai_jax.labelers.judge import TOO_LONG, Judge
+from cai_jax.labelers.opinion import Pair
+from cai_jax.labelers.vote import agreement
 from cai_jax.models.pretrained import check_model
-from cai_jax.prompts import preference_preamble, preference_request, resolve_options
-from cai_jax.sampler import Generate, Score
-from cai_jax.stages.critique_revision import count_flags, draw_principle, left_out, present
-from cai_jax.stages.rows import make_rows, messages_of, sample_dict, unfinished, usable_prompts, watch
+from cai_jax.sampler import Generate
+from cai_jax.stages import labelling
+from cai_jax.stages.critique_revision import count_flags
+from cai_jax.stages.rows import make_rows, mean, messages_of, sample_dict, unfinished, usable_prompts, watch
 
 STAGE = "preferences"
 PROMPTS = ("red_team", "helpful")
-TIE = 1e-3  # a probability this near to one half says nothing
 
 
 def run(context, folder) -> dict:
-    """Sample the pairs, label them, write the rows; returns the summary of the stage."""
+    """Sample the pairs, label and filter them, write the rows; returns the summary of the stage."""
     judge = context.config.preferences.judge
     _require_room(context, check_model(judge, "policy") if judge else context.base)
     pairs, skipped = _sample_pairs(context, folder)
-    rows, unlabelled = _label(context, folder, pairs)
-    return _summary(rows, skipped, unlabelled)
+    labelers, opinions, rows = _label(context, folder, pairs)
+    _write(context, folder, pairs, rows)
+    return _summary(context, pairs, labelers, opinions, rows, skipped)
 
 
 def _require_room(context, judge) -> None:
-    """Refuse a judge whose worked examples leave no room for a pair, before pairs are sampled."""
-    limit = min(context.config.sampler.max_length, judge.config.max_position)
-    options = resolve_options(judge.tokenizer)
-    preamble = preference_preamble(context.constitution, options)
+    """Refuse a judge whose worked examples leave a labeler no room for a pair, before pairs are sampled."""
+    config = context.config
+    limit = min(config.sampler.max_length, judge.config.max_position)
     principle = min(context.constitution.principles, key=lambda p: len(p.preference_question))
-    prompts = [prompt for name in PROMPTS for prompt in context.prompts[name].rows]
-    for prompt in prompts:
-        request = [*preamble, *preference_request(messages_of(prompt), principle, "", "", options)]
-        if len(encode_chat(judge.tokenizer, request, continue_final=True)) < limit:
-            return
-    raise _no_room(limit, judge)
+    prompts = [messages_of(prompt) for name in PROMPTS for prompt in context.prompts[name].rows]
+    for asked in labelling.labelers_of(context, Judge(judge.tokenizer, "", limit)):
+        if not any(labelling.has_room(asked, messages, [principle]) for messages in prompts):
+            raise _no_room(asked.name, limit, judge)
 
 
-def _no_room(limit: int, judge) -> UserError:
+def _no_room(name: str, limit: int, judge) -> UserError:
     return UserError(
-        f"preferences: not one pair fits the judge within sampler.max_length={limit}; raise it (the judge holds "
-        f"{judge.config.max_position}) or shorten the constitution's few-shots"
+        f"preferences: not one pair fits the judge within sampler.max_length={limit} for the labeler {name}; raise it "
+        f"(the judge holds {judge.config.max_position}) or shorten the constitution's few-shots"
     )
 
 
@@ -86,90 +85,108 @@ def _sample_pairs(context, folder):
 
 
 def _label(context, folder, pairs):
-    """The labelled rows, and `{"id", "reason"}` of the pairs that are too long to judge."""
+    """The labelers, their opinions on all pairs, `{name: [opinion]}`, and a row a pair, None where it has no label."""
     settings = context.config.preferences
     judge = context.load(settings.judge) if settings.judge else context.base
     sampler = context.sampler(judge)
-    options = resolve_options(judge.tokenizer)
-    preamble = preference_preamble(context.constitution, options)
-    left = unfinished(folder, "rows", len(pairs), settings.rows_per_shard)
-    with context.progress.task("preferences: labels", len(pairs), "pairs", done=len(pairs) - left) as task:
-        watch(sampler, task)
-        rows = make_rows(
-            folder, "rows", pairs, settings.rows_per_shard, lambda: sampler,
-            lambda pair: _judge(context, sampler, options, preamble, pair, judge), preamble, finish=present,
-        )  # fmt: skip
-    if not rows:
-        raise _no_room(sampler.max_length, judge)
-    return rows, left_out([pair["id"] for pair in pairs], rows, "too long to judge")
+    labelers = labelling.labelers_of(context, Judge(judge.tokenizer, judge.hash, sampler.max_length))
+    asked = [Pair(row["id"], row["messages"], row["response_a"]["text"], row["response_b"]["text"]) for row in pairs]
+    principles = [labelling.draw_principles(context, STAGE, pair.id) for pair in asked]
+    opinions = {each.name: labelling.opinions(context, folder, each, asked, principles, sampler) for each in labelers}
+    for name, found in opinions.items():
+        if all(opinion.failure == TOO_LONG for opinion in found):
+            raise _no_room(name, sampler.max_length, judge)
+    temperatures = [labelling.temperature_of(context, each.name) for each in labelers]
+    rows = []
+    for pair, under, *given in zip(pairs, principles, *opinions.values(), strict=True):
+        columns = labelling.label(labelers, given, temperatures, settings.orders == "both")
+        rows.append(columns and _row(pair, under, columns, given, judge))
+    _filter(settings, rows)
+    return labelers, opinions, rows
 
 
-def _judge(context, sampler, options, preamble, pair, judge):
-    """The row of one pair with its label; None for a pair that does not fit the judge's context in both orders."""
-    principle = draw_principle(context, STAGE, pair["id"])
-    a, b = pair["response_a"]["text"], pair["response_b"]["text"]
-    requests = [preference_request(pair["messages"], principle, *texts, options) for texts in ((a, b), (b, a))]
-    if not all(sampler.fits(request, 1, preamble) for request in requests):
-        return None
-    orders = []
-    for request in requests:
-        found = yield Score([*preamble, *request], [[token] for token in options.ids])
-        orders.append([float(logprob) for (logprob,) in found])
-    return _row(pair, principle, orders, judge)
-
-
-def _row(pair, principle, orders, judge) -> dict:
-    label = label_from_logprobs(*orders)
+def _row(pair, principles, columns, given, judge) -> dict:
     flags = {
         "response_truncated": pair["response_a"]["truncated"] or pair["response_b"]["truncated"],
         "response_empty": not pair["response_a"]["text"].strip() or not pair["response_b"]["text"].strip(),
         "identical_responses": pair["response_a"]["text"] == pair["response_b"]["text"],
-        "inconsistent": not label["consistent"],
-        "tie": label["tie"],
+        "inconsistent": not columns.get("consistent", True),
+        "tie": columns["tie"],
     }
+    names = labelling.principle_columns(principles)
+    return {**pair, **names, **columns, "judge_hash": judge.hash, "flags": flags}
+
+
+def _filter(settings, rows) -> None:
+    """Write into every row whether it is kept for training, and what drops it."""
+    labelled = [row for row in rows if row]
+    if not labelled:
+        raise UserError(f"preferences: no labeler of {', '.join(settings.labelers)} has an opinion on any pair; "
+                        "see the opinions in the stage's folder for why")
+    for row, reason in zip(labelled, filters.dropped_by(labelled, settings.filters), strict=True):
+        row |= {"kept": not reason, "dropped_by": reason}
+
+
+def _write(context, folder, pairs, rows) -> None:
+    """The rows as shards; those of a shard are the labelled ones of its pairs."""
+    per_shard = context.config.preferences.rows_per_shard
+    count = max(1, -(-len(pairs) // per_shard))
+    for index in set(range(count)) - folder.finished_shards():
+        there = rows[index * per_shard : (index + 1) * per_shard]
+        folder.write_shard(index, count, [row for row in there if row])
+
+
+def _summary(context, pairs, labelers, opinions, rows, skipped) -> dict:
+    settings = context.config.preferences
+    labelled = [row for row in rows if row]
+    reasons = [row["dropped_by"] for row in labelled]
+    found = {
+        each.name: _of_labeler(each, opinions[each.name], labelling.temperature_of(context, each.name))
+        for each in labelers
+    }
+    counters = count_flags(labelled) | {"unlabelled": len(rows) - len(labelled)}
+    for name, of in found.items():
+        counters |= {f"{name}/{what}": times for what, times in (of["failures"] | of["flags"]).items()}
+    counters |= {f"dropped/{entry['filter']}": entry["dropped"] for entry in filters.counts(reasons, settings.filters)}
+    orders = [(row["probability_a_ab"], row["probability_a_ba"]) for row in labelled if "consistent" in row]
+    bins, edges = np.histogram([row["probability_a"] for row in labelled], bins=10, range=(0, 1))
     return {
-        **pair,
-        "principle": principle.id,
-        "principle_hash": principle.hash,
-        **label,
-        "judge_hash": judge.hash,
-        "flags": flags,
+        "pairs": len(pairs),
+        "labelled": len(labelled),
+        "kept": reasons.count(""),
+        "kept_share": reasons.count("") / len(labelled),
+        "skipped": skipped + _unlabelled(pairs, rows, opinions),
+        "counters": counters,
+        "labelers": found,
+        "agreement": agreement({name: [opinion.logit for opinion in of] for name, of in opinions.items()}),
+        "filters": filters.counts(reasons, settings.filters),
+        "consistent_share": mean(row["consistent"] for row in labelled if "consistent" in row),
+        "first_position_share": mean(first for ab, ba in orders for first in (ab > 0.5, ba < 0.5)),
+        "confidence_histogram": {"edges": [round(float(x), 2) for x in edges], "counts": bins.tolist()},
     }
 
 
-def label_from_logprobs(logprobs_ab, logprobs_ba) -> dict:
-    """A label from the log-probs of the options [A, B] in both orders; `ab` shows response_a as (A).
-
-    Each order is normalised over the two options; `probability_a` is the mean of both orders.
-    """
-    in_ab = _sigmoid(logprobs_ab[0] - logprobs_ab[1])
-    in_ba = _sigmoid(logprobs_ba[1] - logprobs_ba[0])
-    probability = (in_ab + in_ba) / 2
+def _of_labeler(labeler, found, temperature) -> dict:
+    """What one labeler said of all pairs; a share is None where it does not show responses side by side."""
+    said = [opinion for opinion in found if opinion.logit is not None]
+    orders = [opinion.detail["orders"] for opinion in said if len(opinion.detail.get("orders", ())) == 2]
     return {
-        "logprobs_ab": [float(x) for x in logprobs_ab],
-        "logprobs_ba": [float(x) for x in logprobs_ba],
-        "probability_a": probability,
-        "probability_a_ab": in_ab,
-        "probability_a_ba": in_ba,
-        "consistent": (in_ab > 0.5) == (in_ba > 0.5),
-        "tie": abs(probability - 0.5) < TIE,
+        "hash": labeler.hash,
+        "temperature": temperature,
+        "opinions": len(said),
+        "failures": dict(sorted(Counter(opinion.failure for opinion in found if opinion.failure).items())),
+        "flags": dict(sorted(Counter(
+            name for opinion in said for name, raised in opinion.detail.get("flags", {}).items() if raised).items())),
+        "consistent_share": mean((ab > 0) == (ba > 0) for ab, ba in orders),
+        "first_position_share": mean(first for ab, ba in orders for first in (ab > 0, ba < 0)),
     }
 
 
-def _sigmoid(x: float) -> float:
-    return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
-
-
-def _summary(rows, skipped, unlabelled) -> dict:
-    first_place = [p > 0.5 for row in rows for p in (row["probability_a_ab"], 1 - row["probability_a_ba"])]
-    confidence = [row["probability_a"] for row in rows]
-    counts, edges = np.histogram(confidence, bins=10, range=(0, 1))
-    return {
-        "pairs": len(rows) + len(unlabelled),
-        "labelled": len(rows),
-        "skipped": skipped + unlabelled,
-        "counters": count_flags(rows) | {"too_long_to_judge": len(unlabelled)},
-        "consistent_share": float(np.mean([row["consistent"] for row in rows])),
-        "first_position_share": float(np.mean(first_place)),
-        "confidence_histogram": {"edges": [round(float(x), 2) for x in edges], "counts": counts.tolist()},
-    }
+def _unlabelled(pairs, rows, opinions) -> list[dict]:
+    """`{"id", "reason"}` of the pairs on which no labeler has an opinion."""
+    left = [place for place, row in enumerate(rows) if row is None]
+    failures = [sorted({found[place].failure for found in opinions.values()}) for place in left]
+    return [
+        {"id": pairs[place]["id"], "reason": "no opinion: " + ", ".join(found)}
+        for place, found in zip(left, failures, strict=True)
+    ]

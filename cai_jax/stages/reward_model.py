@@ -5,11 +5,11 @@ import numpy as np
 from cai_jax import statistics
 from cai_jax.chat import completion_ids, encode_chat, encode_text, turn_end_id
 from cai_jax.errors import UserError
+from cai_jax.filters import TIE
 from cai_jax.models.flops import training_flops
 from cai_jax.objectives import pairwise
 from cai_jax.objectives.model_losses import reward_objective
 from cai_jax.provenance import content_hash
-from cai_jax.stages.preferences import TIE
 from cai_jax.stages.scoring import score_texts
 from cai_jax.stages.training import train
 from cai_jax.training.batches import Rows, pair_rows
@@ -21,13 +21,13 @@ def run(context, folder) -> dict:
     """Train on the labels, evaluate on held-out prompts, export `model/`; returns the summary of the stage."""
     settings = context.config.reward_model
     model = context.load_from("sft", settings.start, "reward", new_head=True, seed=context.config.seed)
-    rows = context.folder("preferences").read_shards()
+    rows = [row for row in context.folder("preferences").read_shards() if row["kept"]]
     pairs, counters, skipped = _pairs(model.tokenizer, rows, settings.max_length)
     train, held_out = split_by_prompt(pairs, settings.held_out)
     if not train:
         raise UserError(
-            f"reward_model: {len(pairs)} of {len(rows)} pairs can be used, too few to train on and hold out some; "
-            "add prompts, or raise reward_model.max_length"
+            f"reward_model: {len(pairs)} of {len(rows)} kept pairs can be used, too few to train on and hold out some; "
+            "add prompts, loosen preferences.filters, or raise reward_model.max_length"
         )
     params, metrics = _train(context, folder, model, train, held_out)
     context.export(folder, model, params, "reward")

@@ -7,11 +7,18 @@ import pytest
 
 from cai_jax.config import Ppo
 from cai_jax.constitution import load_constitution
+from cai_jax.labelers.judge import opinion_of
 from cai_jax.provenance import row_seed
 from cai_jax.stages.critique_revision import draw_principle
+from cai_jax.stages.labelling import label
 from cai_jax.stages.ppo import draw_prompts, minibatches
-from cai_jax.stages.preferences import label_from_logprobs
 from cai_jax.stages.reward_model import held_out_metrics, split_by_prompt
+
+
+def label_from_logprobs(logprobs_ab, logprobs_ba):
+    """The label by one labeler that has these log-probs of (A) and (B) in each order."""
+    opinion = opinion_of([[logprobs_ab[0] - logprobs_ab[1]], [logprobs_ba[1] - logprobs_ba[0]]])
+    return label([SimpleNamespace(name="options", hash="h")], [opinion], [1.0])
 
 
 def test_a_label_averages_both_orders_and_a_fixed_place_cancels():

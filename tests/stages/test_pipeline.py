@@ -122,7 +122,7 @@ def test_numbers_are_in_event_files_and_timings(finished):
 def test_profile_traces_every_kind_of_work_and_says_where(finished):
     log = (finished / "log.txt").read_text()
     assert f"under {finished / 'profile'}" in log
-    for name in ("critique_revision", "sft", "preferences_labels", "reward_model", "ppo", "evaluate_base"):
+    for name in ("critique_revision", "sft", "preferences_labels_options", "reward_model", "ppo", "evaluate_base"):
         assert list((finished / "profile" / name).glob("plugins/profile/*/*.xplane.pb")), f"no trace of {name}"
 
 
@@ -210,7 +210,9 @@ def test_both_orders_of_a_label_are_averaged(finished):
     rows = [json.loads(line) for path in sorted((finished / "preferences").glob("rows-*")) for line in open(path)]
     assert rows
     for row in rows:
-        assert row["probability_a"] == pytest.approx((row["probability_a_ab"] + row["probability_a_ba"]) / 2)
+        vote, ab, ba = (np.log(p / (1 - p)) for p in (
+            row["probability_a"], row["probability_a_ab"], row["probability_a_ba"]))
+        assert vote == pytest.approx((ab + ba) / 2, abs=1e-6), "the mean is one of log-odds"
         assert row["consistent"] == ((row["probability_a_ab"] > 0.5) == (row["probability_a_ba"] > 0.5))
 
 

@@ -65,6 +65,7 @@ def context(sampler, red_team, max_length=1024, judge=""):
         load_from=lambda *_: model,
         row_seed=lambda *parts: row_seed(0, *parts),
         provenance=lambda stage, model=None: {"stage": stage},
+        folder=lambda stage: StageFolder("nowhere", stage),
     )  # fmt: skip
 
 
@@ -166,7 +167,8 @@ def test_labels_have_the_same_types_whatever_was_flagged(tmp_path, texts):
     assert_read_in_every_order(folder, "pairs", len(texts) + 1, tmp_path)
     unlabelled = len(texts) - 2
     assert summary["pairs"] == len(texts) + 1 and summary["labelled"] == 3
-    assert summary["counters"]["too_long_to_judge"] == unlabelled == len(summary["skipped"])
+    assert summary["counters"]["unlabelled"] == unlabelled == len(summary["skipped"])
+    assert summary["counters"].get("options/too_long", 0) == unlabelled
 
 
 @pytest.mark.parametrize("judge", ["", "random:llama"])
