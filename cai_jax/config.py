@@ -181,7 +181,7 @@ class Preferences:
     labelers: tuple[str, ...] = ("options",)  # of options, thought, contrast, rating, rule; several vote
     principles: int = 1  # drawn for a pair without repetition, their log-odds averaged; 0: all
     orders: str = "both"  # the responses are shown in both orders and averaged, or first: in one only
-    guard: bool = True  # lines of a response that imitate a verdict, a rating or a next turn are not shown to judges
+    guard: bool = True  # mask what imitates a verdict, a rating or a next turn before a judge reads a response
     thought: Thought = Thought()
     contrast: Contrast = Contrast()
     rating: Rating = Rating()

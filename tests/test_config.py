@@ -121,7 +121,12 @@ def test_nested_and_flat_forms_say_the_same():
     "sft.optimizer.learning_rate=inf", "sft.optimizer.schedule=cosin", "sft.optimizer.warmup_fraction=1",
     "sft.optimizer.weight_decay=-1", "sft.optimizer.b1=1", "sft.optimizer.b2=-0.1", "sft.optimizer.eps=0",
     "sft.optimizer.clip_norm=0", "preferences.pairs_per_prompt=0", "preferences.response.temperature=0",
-    "reward_model.held_out=0", "reward_model.held_out=1", "reward_model.center=-1",
+    "preferences.labelers=", "preferences.labelers=options,options", "preferences.labelers=opinions",
+    "preferences.principles=-1", "preferences.orders=second", "preferences.thought.most=0.5",
+    "preferences.thought.most=1.1", "preferences.thought.reasoning.max_new_tokens=1024", "preferences.contrast.scale=0",
+    "preferences.rating.scale=0", "preferences.rule.probability=0.5", "preferences.filters.least_confidence=0.4",
+    "preferences.filters.least_confidence=1", "reward_model.held_out=0", "reward_model.held_out=1",
+    "reward_model.center=-1",
     "reward_model.max_length=1", "ppo.updates=0", "ppo.epochs=0", "ppo.minibatches=0", "ppo.kl_coef=-1",
     "ppo.kl_estimator=k4", "ppo.gamma=1.1", "ppo.lam=-0.1", "ppo.clip=0", "ppo.value_clip=0",
     "ppo.value_coef=-1", "ppo.missing_eos_penalty=-1", "ppo.max_prompt_tokens=0",
@@ -142,7 +147,10 @@ def test_a_value_out_of_range_is_refused_by_field(override):
     "critique_revision.response.temperature=0", "critique_revision.response.top_p=0.01",
     "critique_revision.response.min_p=0", "sft.optimizer.warmup_fraction=0", "ppo.gamma=1", "ppo.lam=0",
     "ppo.max_prompt_tokens=896", "evaluate.response.max_new_tokens=1023", "sft.microbatches=8",
-    "stages=evaluate", "stages=sft,ppo", "lora.rank=1", "lora.targets=v", "ppo.frozen_dtype=int8",
+    "preferences.labelers=options,thought,contrast,rating,rule", "preferences.principles=0",
+    "preferences.thought.most=1",
+    "preferences.rule.probability=1", "preferences.filters.least_confidence=0.5", "stages=evaluate",
+    "stages=sft,ppo", "lora.rank=1", "lora.targets=v", "ppo.frozen_dtype=int8",
 ])
 def test_a_value_on_the_edge_of_its_range_is_taken(override):
     validate(apply_overrides(base(), [override]))
@@ -167,6 +175,16 @@ def test_stages_are_known_and_in_order(stages, told):
 def test_lengths_of_stages_that_do_not_run_do_not_matter():
     validate(apply_overrides(base(), ["stages=sft", "evaluate.response.max_new_tokens=5000",
                                       "ppo.max_prompt_tokens=5000"]))
+
+
+def test_a_labeler_that_does_not_exist_brings_the_nearest_to_mind():
+    config = apply_overrides(base(), ["preferences.labelers=options,thougt"])
+    assert "no labeler 'thougt'; did you mean thought?" in error_of(validate, config)
+
+
+def test_consistency_needs_both_orders():
+    config = apply_overrides(base(), ["preferences.orders=first", "preferences.filters.consistent=true"])
+    assert "preferences.filters.consistent needs both orders" in error_of(validate, config)
 
 
 def test_frozen_models_have_no_dtype_of_their_own_under_adapters():

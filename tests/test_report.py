@@ -196,6 +196,19 @@ class FakeRun:
             "preferences",
             {
                 "pairs": len(rows),
+                "labelled": len(rows),
+                "kept": len(rows) - 3,
+                "kept_share": 1 - 3 / len(rows),
+                "labelers": {
+                    "options": {"opinions": len(rows) - 2, "failures": {"too_long": 2}, "flags": {"guarded": 4},
+                                "temperature": 1.7, "consistent_share": 0.35, "first_position_share": 0.81},
+                    "rule": {"opinions": len(rows), "failures": {}, "flags": {}, "temperature": 1.0,
+                             "consistent_share": None, "first_position_share": None},
+                },
+                "agreement": [{"labelers": ["options", "rule"], "kappa": 0.125,
+                               "same": {"value": 0.56, "low": 0.41, "high": 0.7, "n": 44}}],
+                "filters": [{"filter": "duplicates", "dropped": 2, "left": len(rows) - 2},
+                            {"filter": "length_matched", "dropped": 1, "left": len(rows) - 3}],
                 "consistent_share": 0.35,
                 "first_position_share": 0.81,
                 "confidence_histogram": {
@@ -417,6 +430,14 @@ def test_summary_shows_the_recorded_numbers(tmp_path, no_plots):
     assert "does not beat the simple rule" in seen.words
     assert "In 65% of pairs it chose the same position both times" in seen.words
     assert "Run started 2025-01-31 10:00 UTC" in seen.words
+
+
+def test_labelers_agreement_and_filters_are_shown(tmp_path, no_plots):
+    seen = render(FakeRun(tmp_path).everything().folder)[1].words
+    for part in ("options 46 too long 2 guarded 4 1.70 35% 81%", "rule 48 none none 1.00 – –",
+                 "options and rule 56% [41%, 70%] n 44 0.12", "duplicates 2 46", "length matched 1 45",
+                 "kept for training 45 (94%)"):  # fmt: skip
+        assert part in seen, part
 
 
 def test_same_artifacts_give_the_same_page(whole, tmp_path):

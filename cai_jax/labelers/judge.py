@@ -9,6 +9,7 @@ import numpy as np
 from cai_jax.chat import encode_chat
 from cai_jax.constitution import Principle
 from cai_jax.labelers.opinion import Opinion, Pair
+from cai_jax.labelers.pleading import PLEAS, unpleaded
 from cai_jax.provenance import content_hash
 
 TOO_LONG = "too_long"  # the failure of a pair that the judge's context does not hold
@@ -23,6 +24,15 @@ class Judge:
     tokenizer: Any
     hash: str
     max_length: int
+    guard: bool = True  # mask what pleads for a response before the judge reads it
+
+    def read(self, response: str) -> str:
+        """A response as the judge is shown it."""
+        return unpleaded(response) if self.guard else response
+
+    def masks(self, pair: Pair) -> bool:
+        """Whether the guard changes a response of the pair."""
+        return any(self.read(text) != text for text in (pair.response_a, pair.response_b))
 
     def fits(self, conversation: Sequence[dict], new_tokens: int) -> bool:
         """Whether the conversation and so many tokens after it stay within the judge's context."""
@@ -37,16 +47,18 @@ def hash_of(judge: Judge, settings: Sequence, preamble: Sequence[dict], request:
     The texts are those of `request(messages, principle, response_a, response_b)` for one example.
     """
     example = request(_EXAMPLE.messages, _PRINCIPLE, _EXAMPLE.response_a, _EXAMPLE.response_b)
-    return content_hash([judge.hash, list(settings), list(preamble), example])
+    guarded = [judge.read(plea("")) for plea in PLEAS.values()]
+    return content_hash([judge.hash, guarded, list(settings), list(preamble), example])
 
 
-def in_orders(pair: Pair, principles: Sequence[Principle], both: bool, ask: Callable):
+def in_orders(judge: Judge, pair: Pair, principles: Sequence[Principle], both: bool, ask: Callable):
     """A row program: the log-odds of response_a from each order of showing and each principle, `[orders, principles]`.
 
     `ask(first, second, principle)` is a row program that returns the log-odds of the response shown first, or None
     where the pair does not fit; then the result is None, too.
     """
-    shown = [(pair.response_a, pair.response_b, 1.0), (pair.response_b, pair.response_a, -1.0)]
+    a, b = judge.read(pair.response_a), judge.read(pair.response_b)
+    shown = [(a, b, 1.0), (b, a, -1.0)]
     orders = []
     for first, second, sign in shown[: 2 if both else 1]:
         logits = []

@@ -42,8 +42,8 @@ class Options:
             logprobs.append([float(logprob) for (logprob,) in found])
             return logprobs[-1][0] - logprobs[-1][1]
 
-        logits_OP = yield from in_orders(pair, principles, self.both_orders, ask)
-        return opinion_of(logits_OP, logprobs=logprobs)
+        logits_OP = yield from in_orders(self.judge, pair, principles, self.both_orders, ask)
+        return opinion_of(logits_OP, logprobs=logprobs, flags={"guarded": self.judge.masks(pair)})
 
     def _request(self, messages, principle, first, second) -> list[dict]:
         return preference_request(messages, principle, first, second, self.answer)

@@ -37,7 +37,8 @@ class Rating:
             ratings.append((yield from self.rate(pair.messages, response, principles)))
             if ratings[-1] is None:
                 return Opinion(None, TOO_LONG)
-        return Opinion(self.settings.scale * (ratings[0] - ratings[1]), detail={"ratings": ratings})
+        detail = {"ratings": ratings, "flags": {"guarded": self.judge.masks(pair)}}
+        return Opinion(self.settings.scale * (ratings[0] - ratings[1]), detail=detail)
 
     def rate(self, messages: Sequence[dict], response: str, principles: Sequence[Principle]) -> Row:
         """A row program that returns the rating of one response, 1 to 10, the mean over the principles.
@@ -46,7 +47,7 @@ class Rating:
         """
         expectations = []
         for principle in principles:
-            request = self._request(messages, principle, response)
+            request = self._request(messages, principle, self.judge.read(response))
             if not self.judge.fits(request, max(map(len, self.form.ids))):
                 return None
             expectations.append(expectation(self.form.ids, (yield Score(request, self.form.ids))))

@@ -56,10 +56,11 @@ class Thought:
             reasonings.append(thought)
             return float(of_first - of_second)
 
-        logits_OP = yield from in_orders(pair, principles, self.both_orders, ask)
+        logits_OP = yield from in_orders(self.judge, pair, principles, self.both_orders, ask)
         flags = {
             "reasoning_truncated": any(thought.truncated for thought in reasonings),
             "reasoning_empty": any(not thought.text.strip() for thought in reasonings),
+            "guarded": self.judge.masks(pair),
         }
         most = self.settings.most
         limit = math.log(most / (1 - most)) if most < 1 else math.inf

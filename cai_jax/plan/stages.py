@@ -59,14 +59,31 @@ def _preferences(run: Run) -> list[Program]:
     prompt, answer = run.workload.tokens("red_team", "helpful"), settings.response.max_new_tokens
     slots = run.config.sampler.rows
     answers = Load.of(slots, pairs, 2 * answer, prompt, prompt + answer / 2)
-    pair = prompt + 2 * answer
-    labels = Load.of(slots, pairs, 0, 2 * pair, run.workload.preambles["preferences"] + pair)
+    new_tokens, prefilled = _label_tokens(run, prompt, answer)
+    context = run.workload.preambles["preferences"] + prompt + 2 * answer
+    labels = Load.of(slots, pairs, new_tokens, prefilled, context)
     writer, reader = run.params(policy, "policy"), run.params(judge, "policy")
     beside = size(base) + (size(reader) if run.config.preferences.judge else 0)
     return [
         *sampler_programs(run, "preferences", policy, writer, size(base, writer), answers),
         *sampler_programs(run, "preferences", judge, reader, beside, labels, SCORING),
     ]
+
+
+def _label_tokens(run: Run, prompt: float, answer: int) -> tuple[int, float]:
+    """What the labelers draw and what they run of a pair; principles share the pair where it stands before them."""
+    settings = run.config.preferences
+    orders, principles = 2 if settings.orders == "both" else 1, settings.principles or run.workload.principles
+    reasoning = settings.thought.reasoning.max_new_tokens
+    pair = prompt + 2 * answer
+    prefilled = {
+        "options": orders * pair,
+        "thought": orders * (pair + principles * reasoning),
+        "contrast": 2 * principles * pair,
+        "rating": 2 * (prompt + answer),
+    }
+    new_tokens = orders * principles * reasoning if "thought" in settings.labelers else 0
+    return new_tokens, sum(prefilled.get(name, 0) for name in settings.labelers)
 
 
 def _reward_model(run: Run) -> list[Program]:

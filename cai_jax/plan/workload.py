@@ -28,6 +28,7 @@ class Workload:
 
     prompts: dict[str, PromptCount]
     preambles: dict[str, int]  # tokens of the worked examples that requests begin with
+    principles: int
     assumptions: tuple[str, ...]
 
     def rows(self, *names: str) -> int:
@@ -56,7 +57,7 @@ def workload_of(config: Config) -> Workload:
         "critique_revision": _tokens(constitution.critique_few_shots),
         "preferences": _tokens(constitution.preference_few_shots),
     }
-    return Workload(sets, preambles, tuple(assumed))
+    return Workload(sets, preambles, len(constitution.principles), tuple(assumed))
 
 
 def _counted(rows) -> PromptCount:

@@ -133,30 +133,34 @@ def preferences(run: Run, titles: dict[str, str]) -> list:
     """Confidence and consistency of the AI labels."""
     summary = run.stages["preferences"].summary or {}
     histogram = summary.get("confidence_histogram") or {}
-    both = [(row["probability_a_ab"], row["probability_a_ba"]) for row in run.rows("preferences")]
-    both = [pair for pair in both if known(pair[0]) and known(pair[1])]
+    both = [(row.get("probability_a_ab"), row.get("probability_a_ba")) for row in run.rows("preferences")]
+    side_by_side = known(summary.get("consistent_share"))
+    both = [pair for pair in both if known(pair[0]) and known(pair[1]) and side_by_side]
     return [
         paragraph(
-            "The SL-CAI model answers each prompt twice. A judge model reads both answers and one principle;"
-            " the label is the probability it gives to each, averaged over both orders of showing them."
-            " Labels stay soft: 0.5 means that the judge has no opinion."
+            "The SL-CAI model answers each prompt twice. Labelers compare both answers under principles of the"
+            " constitution; the label is the probability that the first is better, their log-odds averaged."
+            " Labels stay soft: 0.5 means no opinion."
         ),
         facts(
             [
                 ("pairs", count(summary.get("pairs"))),
                 ("labelled", count(summary.get("labelled"))),
+                ("kept for training", _kept(summary)),
                 ("same choice in both orders", percent(summary.get("consistent_share"))),
                 ("chose the first shown", percent(summary.get("first_position_share"))),
             ]
         ),
         paragraph(verdicts.judge(summary)),
+        _labelers(summary.get("labelers") or {}),
+        _agreement(summary.get("agreement") or []),
+        _filters(summary),
         el(
             "div",
             (
                 plots.histogram(
                     "pref-confidence",
-                    "Label: probability that response A is better (both orders averaged). Near "
-                    "0.5 it teaches little",
+                    "Label: probability that response A is better. Near 0.5 it teaches little",
                     histogram["edges"],
                     histogram["counts"],
                     "probability of A",
@@ -174,5 +178,87 @@ def preferences(run: Run, titles: dict[str, str]) -> list:
                 "A shown second",
             ),
             class_="figures",
+        ),
+    ]
+
+
+def _kept(summary: dict) -> str | None:
+    share = summary.get("kept_share")
+    return f"{count(summary.get('kept'))} ({percent(share)})" if known(share) else None
+
+
+def _labelers(labelers: dict[str, dict]) -> list | None:
+    """What each labeler said, and where it failed."""
+    if not labelers:
+        return None
+    return [
+        el("h3", "Labelers"),
+        paragraph(
+            "A failure is a pair on which a labeler has no opinion; it takes no part in the vote there. The temperature"
+            " is what its log-odds are divided by. A labeler that does not show the answers side by side has no orders."
+        ),
+        table(
+            ["labeler", "opinions", "failures", "flags", "temperature", "same in both orders", "chose the first"],
+            [
+                [
+                    name,
+                    count(found.get("opinions")),
+                    _tally(found.get("failures")),
+                    _tally(found.get("flags")),
+                    number(found.get("temperature")),
+                    percent(found.get("consistent_share")),
+                    percent(found.get("first_position_share")),
+                ]
+                for name, found in labelers.items()
+            ],
+        ),
+    ]
+
+
+def _tally(counts: dict[str, int] | None) -> str:
+    """'too long 3, no check 1'"""
+    return ", ".join(f"{name.replace('_', ' ')} {count(times)}" for name, times in (counts or {}).items()) or "none"
+
+
+def _agreement(found: list[dict]) -> list | None:
+    """How far labelers that vote agree with each other."""
+    if not found:
+        return None
+    return [
+        el("h3", "Agreement of the labelers"),
+        paragraph(
+            "Of the pairs that both decide, the share on which they prefer the same answer, with 95% intervals, and"
+            " Cohen's kappa: 1 is full agreement, 0 is what chance gives."
+        ),
+        table(
+            ["labelers", "same", "kappa"],
+            [
+                [
+                    " and ".join(entry.get("labelers") or []),
+                    estimate_cell(entry.get("same"), percent, with_n=True),
+                    number(entry.get("kappa")),
+                ]
+                for entry in found
+            ],
+        ),
+    ]
+
+
+def _filters(summary: dict) -> list | None:
+    """What each filter dropped from the labelled pairs, in order."""
+    if not (found := summary.get("filters")):
+        return None
+    return [
+        el("h3", "Filters"),
+        paragraph(
+            f"Of {count(summary.get('labelled'))} labelled pairs, {_kept(summary) or 'some'} are kept for training. The"
+            " filters, in their order:"
+        ),
+        table(
+            ["filter", "dropped", "left"],
+            [
+                [str(entry.get("filter")).replace("_", " "), count(entry.get("dropped")), count(entry.get("left"))]
+                for entry in found
+            ],
         ),
     ]

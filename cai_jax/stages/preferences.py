@@ -39,7 +39,7 @@ def _require_room(context, judge) -> None:
     limit = min(config.sampler.max_length, judge.config.max_position)
     principle = min(context.constitution.principles, key=lambda p: len(p.preference_question))
     prompts = [messages_of(prompt) for name in PROMPTS for prompt in context.prompts[name].rows]
-    for asked in labelling.labelers_of(context, Judge(judge.tokenizer, "", limit)):
+    for asked in labelling.labelers_of(context, Judge(judge.tokenizer, "", limit, config.preferences.guard)):
         if not any(labelling.has_room(asked, messages, [principle]) for messages in prompts):
             raise _no_room(asked.name, limit, judge)
 
@@ -89,7 +89,8 @@ def _label(context, folder, pairs):
     settings = context.config.preferences
     judge = context.load(settings.judge) if settings.judge else context.base
     sampler = context.sampler(judge)
-    labelers = labelling.labelers_of(context, Judge(judge.tokenizer, judge.hash, sampler.max_length))
+    asked_of = Judge(judge.tokenizer, judge.hash, sampler.max_length, settings.guard)
+    labelers = labelling.labelers_of(context, asked_of)
     asked = [Pair(row["id"], row["messages"], row["response_a"]["text"], row["response_b"]["text"]) for row in pairs]
     principles = [labelling.draw_principles(context, STAGE, pair.id) for pair in asked]
     opinions = {each.name: labelling.opinions(context, folder, each, asked, principles, sampler) for each in labelers}
@@ -148,7 +149,9 @@ def _summary(context, pairs, labelers, opinions, rows, skipped) -> dict:
     for name, of in found.items():
         counters |= {f"{name}/{what}": times for what, times in (of["failures"] | of["flags"]).items()}
     counters |= {f"dropped/{entry['filter']}": entry["dropped"] for entry in filters.counts(reasons, settings.filters)}
-    orders = [(row["probability_a_ab"], row["probability_a_ba"]) for row in labelled if "consistent" in row]
+    side_by_side = any(of["consistent_share"] is not None for of in found.values())
+    ordered = [row for row in labelled if side_by_side]
+    orders = [(row["probability_a_ab"], row["probability_a_ba"]) for row in ordered]
     bins, edges = np.histogram([row["probability_a"] for row in labelled], bins=10, range=(0, 1))
     return {
         "pairs": len(pairs),
@@ -160,7 +163,7 @@ def _summary(context, pairs, labelers, opinions, rows, skipped) -> dict:
         "labelers": found,
         "agreement": agreement({name: [opinion.logit for opinion in of] for name, of in opinions.items()}),
         "filters": filters.counts(reasons, settings.filters),
-        "consistent_share": mean(row["consistent"] for row in labelled if "consistent" in row),
+        "consistent_share": mean(row["consistent"] for row in ordered),
         "first_position_share": mean(first for ab, ba in orders for first in (ab > 0.5, ba < 0.5)),
         "confidence_histogram": {"edges": [round(float(x), 2) for x in edges], "counts": bins.tolist()},
     }
