@@ -101,12 +101,12 @@ def _label(context, folder, pairs):
     rows = []
     for pair, under, *given in zip(pairs, principles, *opinions.values(), strict=True):
         columns = labelling.label(labelers, given, temperatures, settings.orders == "both")
-        rows.append(columns and _row(pair, under, columns, given, judge))
+        rows.append(columns and _row(pair, under, columns, judge))
     _filter(settings, rows)
     return labelers, opinions, rows
 
 
-def _row(pair, principles, columns, given, judge) -> dict:
+def _row(pair, principles, columns, judge) -> dict:
     flags = {
         "response_truncated": pair["response_a"]["truncated"] or pair["response_b"]["truncated"],
         "response_empty": not pair["response_a"]["text"].strip() or not pair["response_b"]["text"].strip(),

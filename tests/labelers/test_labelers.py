@@ -80,7 +80,8 @@ def drive(program, answer):
 
 def logprobs_after(model, tokens, continuation):
     """Log-probs of a continuation by one plain forward pass."""
-    row = np.asarray([[*tokens, *continuation]])
+    count = len(tokens) + len(continuation)
+    row = np.asarray([[*tokens, *continuation, *[0] * (-count % 512)]])  # what comes after changes nothing before
     logits_TV = np.asarray(forward(model.config, model.params, row))[0].astype(np.float64)
     logprobs_TV = logits_TV - np.log(np.sum(np.exp(logits_TV), axis=-1, keepdims=True))
     return [logprobs_TV[len(tokens) - 1 + i, token] for i, token in enumerate(continuation)]
