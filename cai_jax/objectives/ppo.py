@@ -82,6 +82,12 @@ class Moments:
         return float(deviation) if deviation > 1e-6 else 1.0
 
 
+def no_scores() -> Moments:
+    """The moments before the first score."""
+    zero = np.float32(0)
+    return Moments(zero, zero, zero)
+
+
 def with_scores(moments: Moments, scores_B) -> Moments:
     """The moments with more scores in them, on the host (Chan et al. 1979: merging of two sets)."""
     scores_B = np.asarray(scores_B, np.float64)

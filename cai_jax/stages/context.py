@@ -41,7 +41,7 @@ PROMPT_SETS = {
     "grpo": ("red_team", "helpful"),
     "evaluate": ("eval_red_team", "eval_helpful", "eval_look_alike"),
 }
-# Copies of the parameters in a train state: themselves and two moments, in PPO those of a value model too, if it has one.
+# Copies of the parameters in a train state: themselves and two moments, in PPO those of a value model of its own too.
 STATE_COPIES = {"sft": 3, "reward_model": 3, "ppo": 6, "grpo": 3}
 # Stages that compute nothing with the model that the run starts from: its memory is theirs.
 WITHOUT_BASE = ("reward_model", "ppo", "grpo")

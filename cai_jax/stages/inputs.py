@@ -25,7 +25,8 @@ INPUTS = {
     "evaluate": {"sft": "sft", "reward_model": "reward_model", "ppo": "rl"},
 }
 COMPARES_WHAT_THERE_IS = ("evaluate",)
-_KINDS = {"sft": "policy", "reward_model": "reward", "ppo": "policy", "grpo": "policy"}  # of the models that stages leave
+# Of the models that stages leave.
+_KINDS = {"sft": "policy", "reward_model": "reward", "ppo": "policy", "grpo": "policy"}
 _TRAIN_SETS = ("red_team", "helpful")
 _EVAL_SETS = ("eval_red_team", "eval_helpful", "eval_look_alike")
 

@@ -90,21 +90,19 @@ def _starting_params(context, frozen: Frozen) -> dict:
     Where these are frozen in a dtype of their own, the two that train are loaded in the run's. Without a reward model
     the value model is the policy's start with a fresh head.
     """
-    settings, seed, source = context.config.ppo, context.config.seed, frozen.source
-    policy = context.load_from("sft", settings.policy) if settings.frozen_dtype else frozen.reference
+    settings, source = context.config.ppo, frozen.source
+    policy = (context.load_from("sft", settings.policy) if settings.frozen_dtype else frozen.reference).params
+    head = fresh_head(frozen.reference.config, context.config.seed).astype(context.config.model.dtype)
+    head = {"score": jax.device_put(head, _replicated(context.mesh))}
     if frozen.value_config is None:
-        head = fresh_head(policy.config, seed).astype(context.config.model.dtype)
-        head = jax.device_put(head, _replicated(context.mesh))
-        return {"policy": context.adapted({**policy.params, "score": head}, "ppo policy")}
+        return {"policy": context.adapted(policy | head, "ppo policy")}
     if source.kind != "model":
-        value = context.load_from("sft", settings.policy, "reward", new_head=True, seed=seed)
+        value = {name: leaf for name, leaf in policy.items() if name != "lm_head"} | head
     elif settings.frozen_dtype:
-        value = context.load_from("reward_model", settings.reward_model, "reward")
+        value = context.load_from("reward_model", settings.reward_model, "reward").params
     else:
-        value = source.model
-    return {
-        "policy": context.adapted(policy.params, "ppo policy"), "value": context.adapted(value.params, "ppo value"),
-    }  # fmt: skip
+        value = source.model.params
+    return {"policy": context.adapted(policy, "ppo policy"), "value": context.adapted(value, "ppo value")}
 
 
 def _replicated(mesh) -> NamedSharding:
@@ -126,8 +124,7 @@ def _start(context, frozen: Frozen, bias: float):
     train, step = start_training(
         loss, trained, settings.optimizer, total, context.mesh, settings.microbatches, kept
     )
-    zero = np.float32(0)
-    return _state(context, train, settings.kl_coef, ppo.Moments(zero, zero, zero)), kept, step
+    return _state(context, train, settings.kl_coef, ppo.no_scores()), kept, step
 
 
 def _state(context, train: TrainState, kl_coef: float, scores: ppo.Moments) -> State:
@@ -146,12 +143,12 @@ def _train(context, folder, frozen: Frozen, bias: float, monitor):
     def advance(state: State, update: int):
         params = join(state.train.params, kept)
         rollouts = sample_rollouts(context, STAGE, sampler_of(params), frozen.prompts, f"update-{update}")
-        batch, report, scores = score_rollouts(context, frozen, params, rollouts, bias, state)
+        kl_coef = float(state.kl_coef)
+        batch, report, scores = score_rollouts(context, frozen, params, rollouts, bias, kl_coef, state.scores)
         del params
         train, trained = updates.take_steps(context, settings, step, state.train, batch, update)
         report |= trained
-        kl_coef = _next_kl_coef(settings, float(state.kl_coef), report["kl"])
-        state = _state(context, train, kl_coef, scores)
+        state = _state(context, train, _next_kl_coef(settings, kl_coef, float(report["kl"])), scores)
         report = updates.watched(
             monitor, update + 1, lambda: sampler_of(join(train.params, kept)), rollouts, report
         )
@@ -170,7 +167,7 @@ def _train(context, folder, frozen: Frozen, bias: float, monitor):
 def _next_kl_coef(settings, kl_coef: float, kl: float) -> float:
     if not settings.kl_target:
         return kl_coef
-    return ppo.next_kl_coef(kl_coef, float(kl), settings.kl_target, settings.kl_horizon, settings.rollouts)
+    return ppo.next_kl_coef(kl_coef, kl, settings.kl_target, settings.kl_horizon, settings.rollouts)
 
 
 def flops_per_token(config, frozen: Frozen) -> float:
@@ -202,7 +199,9 @@ def objective(config, policy, value, bias: float):
     )  # fmt: skip
 
 
-def score_rollouts(context, frozen: Frozen, params, rollouts: Rollouts, bias: float, state: State):
+def score_rollouts(
+    context, frozen: Frozen, params, rollouts: Rollouts, bias: float, kl_coef: float, moments: ppo.Moments
+):
     """The training batch of an update, the metrics of its rollouts, and the moments of all scores so far.
 
     `params` are those that train. With `normalise_scores` advantages are made of scores and values less the mean of the
@@ -215,7 +214,7 @@ def score_rollouts(context, frozen: Frozen, params, rollouts: Rollouts, bias: fl
     mask, raw_scores = rewards.scored_only(rollouts, raw_scores)
     has_score = mask.any(axis=1)
     unbiased, old_values = raw_scores - np.float32(bias), raw_values - np.float32(value_offset(settings, bias))
-    moments, mean, scale = state.scores, 0.0, 1.0
+    mean, scale = 0.0, 1.0
     if settings.normalise_scores:
         moments = ppo.with_scores(moments, unbiased[has_score])
         mean, scale = float(moments.mean), moments.scale()
@@ -226,15 +225,14 @@ def score_rollouts(context, frozen: Frozen, params, rollouts: Rollouts, bias: fl
     batch, report = jax.device_get(
         _advantages(
             arrays["old_logprobs"], ref_logprobs, (old_values - np.float32(mean)) / np.float32(scale), scores, mask,
-            settings.kl_estimator, float(state.kl_coef), settings.kl_per, settings.gamma, settings.lam,
-            settings.whiten_advantages,
+            settings.kl_estimator, kl_coef, settings.kl_per, settings.gamma, settings.lam, settings.whiten_advantages,
         )
     )  # fmt: skip
     returns = batch["returns"] * np.float32(scale) + np.float32(mean) * (mask > 0)
     report |= {
         "score": np.mean(unbiased[has_score]), "value_mean": np.mean(old_values[mask > 0]),
         "truncated_share": np.mean(arrays["truncated"]), "unscored_share": np.mean(~has_score),
-        "kl_coef": float(state.kl_coef), "score_scale": scale,
+        "kl_coef": kl_coef, "score_scale": scale,
     }  # fmt: skip
     batch = {**batch, "returns": returns, "old_values": old_values, "mask": mask}
     same = {name: arrays[name] for name in ("tokens", "positions", "old_logprobs")}

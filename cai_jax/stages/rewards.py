@@ -112,7 +112,7 @@ def text_scores(context, stage: str, source: Source, rollouts: Rollouts) -> np.n
 
 
 def rater(judge: Model, max_length: int) -> Callable:
-    """`(messages, response, principles) -> Row`, a row program that returns the rating, or None for what is too long."""
+    """`(messages, response, principles) -> Row`: a row program that returns the rating, None for what is too long."""
     from cai_jax.labelers.judge import Judge
     from cai_jax.labelers.rating import Rating
     from cai_jax.prompts import resolve_ratings

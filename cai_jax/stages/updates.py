@@ -27,9 +27,9 @@ def minibatches(settings, seed: int, update: int):
 def take_steps(context, settings, step: Callable, state, batch: dict, update: int):
     """The optimizer steps of an update on its batch; returns the state and the means of their metrics.
 
-    With `settings.max_update_kl` above 0 the step whose minibatch has shown a larger mean of
-    (new - old log-prob)^2 / 2 is the last one of the update. That number is of all devices, so all processes stop alike.
-    `steps` says how many there were.
+    With `settings.max_update_kl` above 0 the step whose minibatch has shown a larger mean of (new - old log-prob)^2 / 2
+    is the last one of the update. The number is that of all devices, so all processes stop alike. `steps` says how many
+    there were.
     """
     taken = []
     for rows in minibatches(settings, context.config.seed, update):
