@@ -13,8 +13,12 @@ from cai_jax import config as configs
 from cai_jax.mesh import make_mesh, put_rows
 from cai_jax.models.pretrained import Model
 from cai_jax.objectives.model_losses import ppo_objective, reward_objective, sft_objective
+from cai_jax.objectives.ppo import no_scores
 from cai_jax.provenance import row_seed
 from cai_jax.stages import ppo as stage
+from cai_jax.stages.rewards import Source
+from cai_jax.stages.rollouts import Prompts, sample_rollouts
+from cai_jax.stages.updates import minibatches
 from cai_jax.training.batches import pair_rows
 from cai_jax.training.step import start_training
 
@@ -105,12 +109,13 @@ def ppo(work, options, mesh, clock):
     losses = []
     for update, prompts in enumerate(work["ppo"]):
         prompts = [SimpleNamespace(id=str(i), messages=prompt["messages"]) for i, prompt in enumerate(prompts)]
-        frozen = stage.Frozen(policy, reward, prompts, prompt_length)
+        frozen = stage.Frozen(policy, Source("model", reward), Prompts(prompts, prompt_length), reward.config)
         clock.start()
         now = Model(policy.config, state.params["policy"], policy.tokenizer, policy.hf_config, "policy", "")
-        rollouts = stage.sample_rollouts(context, sampler(now), frozen, f"update-{update}")
-        batch, _ = stage.score_rollouts(context, frozen, state.params["value"], rollouts, 0.0)
-        for chosen in stage.minibatches(settings, 0, update):
+        rollouts = sample_rollouts(context, "ppo", sampler(now), frozen.prompts, f"update-{update}")
+        known = 0.0, settings.kl_coef, no_scores()
+        batch, *_ = stage.score_rollouts(context, frozen, state.params, rollouts, *known)
+        for chosen in minibatches(settings, 0, update):
             state, metrics = step(state, context.put_rows({name: array[chosen] for name, array in batch.items()}))
         losses.append(float(metrics["loss"]))
         jax.block_until_ready(state)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")  # of every layer
 LABELERS = ("options", "thought", "contrast", "rating", "rule")
-STAGES = ("critique_revision", "sft", "preferences", "reward_model", "ppo", "evaluate")
+STAGES = ("critique_revision", "sft", "preferences", "reward_model", "ppo", "grpo", "evaluate")
+OPTIONAL = ("grpo",)  # stages that a run has where its config names them
 
 
 @dataclass(frozen=True)
@@ -212,16 +213,26 @@ class Ppo:
     """PPO with a KL penalty to the frozen SL-CAI model; sources beside the formulas in objectives/ppo.py."""
 
     policy: str = ""  # where policy and reference start; "": the SL-CAI model of this run
+    reward: str = "model"  # score of a response by: model, a reward model; judge, a rating from 1 to 10; rule, checks
     reward_model: str = ""  # "": the reward model of this run
+    judge: str = ""  # model that rates; "": the model that the run starts from
+    principles: str = "drawn"  # for judge and rule: drawn, one for each prompt of an update; all, the mean over them
+    value_trunk: str = "separate"  # a value model of its own, or shared: a value head on the policy
     updates: int = 100
     rollouts: int = 64  # rows an update
     epochs: int = 2  # passes over the rollouts of an update
     minibatches: int = 2  # optimizer steps a pass
     microbatches: int = 1
+    max_update_kl: float = 0.0  # no more steps in an update once a minibatch has moved so far, nats a token; 0: off
     max_prompt_tokens: int = 256  # longer prompts are counted and left out
     response: Sampling = Sampling(max_new_tokens=128)
     kl_coef: float = 0.02
+    kl_target: float = 0.0  # nats a response that an adaptive coefficient steers to, from kl_coef on; 0: it is fixed
+    kl_horizon: int = 10000  # rollouts in which an adaptive coefficient can change by a fifth
+    kl_per: str = "token"  # where the penalty stands: on each token, or for the whole sequence on its last
     kl_estimator: str = "k1"
+    normalise_scores: bool = False  # by mean and deviation of all scores so far; values with them
+    score_clip: float = 0.0  # scores are kept within plus and minus this; 0: off
     gamma: float = 1.0
     lam: float = 0.95
     clip: float = 0.2
@@ -231,6 +242,34 @@ class Ppo:
     missing_eos_penalty: float = 1.0  # taken off the score of a row that did not end
     frozen_dtype: str = ""  # of reference and reward model: "" (as model.dtype), bfloat16 or int8; not with adapters
     optimizer: Optimizer = Optimizer(learning_rate=1e-6, schedule="linear", eps=1e-5)
+    checkpoint_every: int = 10  # updates
+
+
+@dataclass(frozen=True)
+class Grpo:
+    """GRPO (Shao et al. 2024, arXiv 2402.03300): a response is compared with others to its prompt, no value model."""
+
+    policy: str = ""  # where policy and reference start; "": the SL-CAI model of this run
+    reward: str = "model"  # as in Ppo, with the two below
+    reward_model: str = ""  # "": the reward model of this run
+    judge: str = ""  # model that rates; "": the model that the run starts from
+    principles: str = "drawn"  # drawn or all
+    updates: int = 100
+    rollouts: int = 64  # rows an update
+    group: int = 8  # of them to one prompt
+    epochs: int = 1  # passes over the rollouts of an update
+    minibatches: int = 1  # optimizer steps a pass
+    microbatches: int = 1
+    max_update_kl: float = 0.0  # as in Ppo
+    max_prompt_tokens: int = 256  # longer prompts are counted and left out
+    response: Sampling = Sampling(max_new_tokens=128)
+    kl_coef: float = 0.04  # of k3 in the loss
+    clip: float = 0.2
+    scale_advantages: bool = True  # by the deviation of their group; false: Dr. GRPO (Liu et al. 2025)
+    length_norm: str = "response"  # the loss of a response over its tokens, or over the limit of tokens: Dr. GRPO
+    missing_eos_penalty: float = 1.0  # taken off the score of a row that did not end
+    frozen_dtype: str = ""  # of reference and reward model: "" (as model.dtype), bfloat16 or int8; not with adapters
+    optimizer: Optimizer = Optimizer(learning_rate=1e-6, schedule="constant", eps=1e-5)
     checkpoint_every: int = 10  # updates
 
 
@@ -271,7 +310,7 @@ class Config:
     constitution: str = "harmless_helpful"  # a shipped name, or a path to a YAML file
     run_dir: str = ""  # "": runs/<config name> under the folder the command is run in
     seed: int = 0
-    stages: tuple[str, ...] = STAGES
+    stages: tuple[str, ...] = tuple(stage for stage in STAGES if stage not in OPTIONAL)
     mesh: Mesh = Mesh()
     logging: Logging = Logging()
     prompts: Prompts = field(default_factory=Prompts)
@@ -283,6 +322,7 @@ class Config:
     preferences: Preferences = Preferences()
     reward_model: RewardModel = RewardModel()
     ppo: Ppo = Ppo()
+    grpo: Grpo = Grpo()
     evaluate: Evaluate = Evaluate()
 
 

@@ -20,9 +20,14 @@ def validate(config: Config) -> None:
     _check_sampling(config)
     _check_lengths(config)
     parse_mixer(config.sft.mixer)
-    if config.lora.rank and config.ppo.frozen_dtype:
-        raise UserError(f"ppo.frozen_dtype ({config.ppo.frozen_dtype}) must be empty with lora.rank above 0: policy "
-                        "and reference are one copy then; model.dtype=bfloat16 makes that smaller")
+    for name in REINFORCED:
+        frozen_dtype = getattr(config, name).frozen_dtype
+        if config.lora.rank and frozen_dtype:
+            raise UserError(f"{name}.frozen_dtype ({frozen_dtype}) must be empty with lora.rank above 0: policy and "
+                            "reference are one copy then; model.dtype=bfloat16 makes that smaller")
+    if config.ppo.kl_target and not config.ppo.kl_coef:
+        raise UserError(f"ppo.kl_coef must be above 0 with ppo.kl_target={config.ppo.kl_target}: an adaptive "
+                        "coefficient is multiplied, from there on")
 
 
 def _check_fields(node, prefix: str) -> None:
@@ -81,10 +86,14 @@ def _check_batches(config: Config) -> None:
         if section.batch_size % section.microbatches:
             raise UserError(f"{name}.batch_size ({section.batch_size}) must be a multiple of "
                             f"{name}.microbatches ({section.microbatches})")
-    ppo = config.ppo
-    if ppo.rollouts % (ppo.minibatches * ppo.microbatches):
-        raise UserError(f"ppo.rollouts ({ppo.rollouts}) must be a multiple of ppo.minibatches x "
-                        f"ppo.microbatches ({ppo.minibatches} x {ppo.microbatches})")
+    for name in REINFORCED:
+        section = getattr(config, name)
+        if section.rollouts % (section.minibatches * section.microbatches):
+            raise UserError(f"{name}.rollouts ({section.rollouts}) must be a multiple of {name}.minibatches x "
+                            f"{name}.microbatches ({section.minibatches} x {section.microbatches})")
+    if config.grpo.rollouts % config.grpo.group:
+        raise UserError(f"grpo.rollouts ({config.grpo.rollouts}) must be a multiple of grpo.group "
+                        f"({config.grpo.group})")
 
 
 def _check_labelers(settings: c.Preferences) -> None:
@@ -104,13 +113,15 @@ def _check_sampling(config: Config) -> None:
         raise UserError("preferences.response.temperature must be above 0: "
                         "the two responses of a greedy pair are the same")
     # The ratio of PPO compares log-probs of the whole distribution; a filtered rollout comes from another.
-    response, whole = config.ppo.response, c.Sampling()
-    if response.temperature == 0:
-        raise UserError("ppo.response.temperature must be above 0: PPO learns from sampled responses")
-    for name in ("top_k", "top_p", "min_p", "repetition_penalty"):
-        if getattr(response, name) != getattr(whole, name):
-            raise UserError(f"ppo.response.{name} must be {getattr(whole, name)} (off): "
-                            "PPO samples from the whole distribution")
+    for section in REINFORCED:
+        response, whole = getattr(config, section).response, c.Sampling()
+        if response.temperature == 0:
+            raise UserError(f"{section}.response.temperature must be above 0: {section.upper()} learns from sampled "
+                            "responses")
+        for name in ("top_k", "top_p", "min_p", "repetition_penalty"):
+            if getattr(response, name) != getattr(whole, name):
+                raise UserError(f"{section}.response.{name} must be {getattr(whole, name)} (off): "
+                                f"{section.upper()} samples from the whole distribution")
 
 
 def _check_lengths(config: Config) -> None:
@@ -121,17 +132,21 @@ def _check_lengths(config: Config) -> None:
         if sampling.max_new_tokens >= longest:
             raise UserError(f"{name}.max_new_tokens ({sampling.max_new_tokens}) leaves no room for a prompt "
                             f"in sampler.max_length ({longest})")
-    row = config.ppo.max_prompt_tokens + config.ppo.response.max_new_tokens
-    if "ppo" in config.stages and row > longest:
-        raise UserError(f"ppo.max_prompt_tokens + ppo.response.max_new_tokens ({row}) must not exceed "
-                        f"sampler.max_length ({longest})")
+    for name in REINFORCED:
+        section = getattr(config, name)
+        row = section.max_prompt_tokens + section.response.max_new_tokens
+        if name in config.stages and row > longest:
+            raise UserError(f"{name}.max_prompt_tokens + {name}.response.max_new_tokens ({row}) must not exceed "
+                            f"sampler.max_length ({longest})")
 
 
+REINFORCED = ("ppo", "grpo")  # sections of the stages that learn from rollouts
 _SAMPLINGS = {
     "critique_revision": ("response", "critique", "revision"),
     "sft": ("helpful",),
     "preferences": ("response", "thought.reasoning"),
     "ppo": ("response",),
+    "grpo": ("response",),
     "evaluate": ("response",),
 }
 
@@ -154,6 +169,22 @@ _NOT_EMPTY = (lambda value: bool(value.strip())), "a text that is not empty"
 _ONE_LINE = (lambda value: bool(value.strip()) and len(value.splitlines()) == 1), "one line of text"
 _AXIS = (lambda value: value == -1 or value >= 1), "at least 1, or -1 for whatever is left"
 _DTYPE = _one_of("float32", "bfloat16")
+_OF_ROLLOUTS = {
+    "reward": _one_of("model", "judge", "rule"),
+    "principles": _one_of("drawn", "all"),
+    "updates": _at_least(1),
+    "rollouts": _at_least(1),
+    "epochs": _at_least(1),
+    "minibatches": _at_least(1),
+    "microbatches": _at_least(1),
+    "max_update_kl": _at_least(0),
+    "max_prompt_tokens": _at_least(1),
+    "kl_coef": _at_least(0),
+    "clip": _POSITIVE,
+    "missing_eos_penalty": _at_least(0),
+    "frozen_dtype": ((lambda value: value in ("", "bfloat16", "int8")), "empty (as model.dtype), bfloat16 or int8"),
+    "checkpoint_every": _at_least(1),
+}
 
 _RULES = {
     c.Model: {
@@ -223,23 +254,19 @@ _RULES = {
         "checkpoint_every": _at_least(1),
     },
     c.Ppo: {
-        "updates": _at_least(1),
-        "rollouts": _at_least(1),
-        "epochs": _at_least(1),
-        "minibatches": _at_least(1),
-        "microbatches": _at_least(1),
-        "max_prompt_tokens": _at_least(1),
-        "kl_coef": _at_least(0),
+        **_OF_ROLLOUTS,
+        "value_trunk": _one_of("separate", "shared"),
+        "kl_target": _at_least(0),
+        "kl_horizon": _at_least(1),
+        "kl_per": _one_of("token", "sequence"),
         "kl_estimator": _one_of("k1", "k2", "k3"),
+        "score_clip": _at_least(0),
         "gamma": _FROM_0_TO_1,
         "lam": _FROM_0_TO_1,
-        "clip": _POSITIVE,
         "value_clip": _POSITIVE,
         "value_coef": _at_least(0),
-        "missing_eos_penalty": _at_least(0),
-        "frozen_dtype": ((lambda value: value in ("", "bfloat16", "int8")), "empty (as model.dtype), bfloat16 or int8"),
-        "checkpoint_every": _at_least(1),
     },
+    c.Grpo: {**_OF_ROLLOUTS, "group": _at_least(2), "length_norm": _one_of("response", "limit")},
     c.Checkpoints: {"keep": _at_least(1), "export": _one_of("last", "best")},
     c.Evaluate: {"rows_per_shard": _at_least(1)},
     Config: {

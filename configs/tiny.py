@@ -47,5 +47,14 @@ def config() -> c.Config:
             optimizer=optimizer,
             checkpoint_every=1,
         ),
+        grpo=c.Grpo(
+            updates=2,
+            rollouts=4,
+            group=2,
+            max_prompt_tokens=256,
+            response=few_tokens,
+            optimizer=optimizer,
+            checkpoint_every=1,
+        ),
         evaluate=c.Evaluate(response=c.Sampling(temperature=0.0, max_new_tokens=8), rows_per_shard=4),
     )

@@ -267,7 +267,7 @@ class FakeRun:
             96.0,
         )
 
-    def ppo(self) -> None:
+    def ppo(self, stage: str = "ppo", seconds: float = 402.0) -> None:
         lines = [
             {
                 "update": i + 1,
@@ -288,8 +288,11 @@ class FakeRun:
             }
             for i in range(20)
         ]
-        self.write("ppo/metrics.jsonl", lines)
-        self.finish("ppo", {"updates": 20, "rollouts": 640, "first": lines[0], "last": lines[-1]}, 402.0)
+        self.write(f"{stage}/metrics.jsonl", lines)
+        self.finish(stage, {"updates": 20, "rollouts": 640, "first": lines[0], "last": lines[-1]}, seconds)
+
+    def grpo(self) -> None:
+        self.ppo("grpo", 0.0)
 
     def evaluate(self) -> None:
         refusal = {"base": (0.04, 0.0, 0.0), "sl_cai": (0.25, 0.12, 0.04), "rl_cai": (0.46, 0.21, 0.04)}

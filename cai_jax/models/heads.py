@@ -17,6 +17,11 @@ def values(
     hidden_BTD = hidden_states(
         config, params, tokens_BT, positions_BT, segments_BT, remat, attention, dtype=dtype
     )
+    return scalar_head(params, hidden_BTD, dtype)
+
+
+def scalar_head(params, hidden_BTD, dtype=None):
+    """The `score` kernel of `params` at hidden states, `[B, T]` float32."""
     return dot(hidden_BTD, cast(params["score"], dtype) if dtype else params["score"])[..., 0]
 
 

@@ -83,7 +83,7 @@ def load_model(source, dtype="float32", kind=None, shardings=None, new_head=Fals
         if leaf in names:
             leaves[leaf] = _in_place(partial(checkpoint.read, names[leaf], shapes[leaf]), dtype, target)
     if info.kind != stored:
-        leaves["score"] = _in_place(partial(_put, _new_head(info.config, seed)), dtype, targets["score"])
+        leaves["score"] = _in_place(partial(_put, fresh_head(info.config, seed)), dtype, targets["score"])
         digest = hashlib.sha256(f"{digest} score head {seed}".encode()).hexdigest()
     return Model(info.config, families.nest(leaves), info.tokenizer, info.hf_config, info.kind, digest)
 
@@ -166,7 +166,8 @@ def _random_model(info: ModelInfo, dtype, shardings, seed: int) -> Model:
     return Model(config, families.nest(leaves), info.tokenizer, hf_config, kind, digest.hexdigest())
 
 
-def _new_head(config: ModelConfig, seed: int) -> np.ndarray:
+def fresh_head(config: ModelConfig, seed: int) -> np.ndarray:
+    """A score head to start from, `[D, 1]` float32: normal with deviation 1/sqrt(D+1) (Stiennon et al. 2020)."""
     rng = np.random.default_rng([seed, config.d_model])
     return rng.standard_normal((config.d_model, 1), np.float32) / math.sqrt(config.d_model + 1)
 

@@ -8,6 +8,6 @@ float32. Masks are bool or 0/1, and what a mask leaves out may hold anything, Na
 Letters: B rows, T tokens, D model, V vocabulary.
 """
 
-from . import dpo, logprobs, pairwise, ppo, sft
+from . import dpo, grpo, logprobs, pairwise, ppo, sft
 
-__all__ = ["dpo", "logprobs", "pairwise", "ppo", "sft"]
+__all__ = ["dpo", "grpo", "logprobs", "pairwise", "ppo", "sft"]

@@ -9,11 +9,11 @@ from functools import partial
 import jax.numpy as jnp
 
 from cai_jax.models.families import ModelConfig
-from cai_jax.models.heads import values
+from cai_jax.models.heads import scalar_head, values
 from cai_jax.models.kernels import cast
 from cai_jax.models.transformer import hidden_states, unembed
 
-from . import dpo, pairwise, ppo, sft
+from . import dpo, grpo, pairwise, ppo, sft
 from .logprobs import masked_fill, masked_sum, token_logprobs
 
 
@@ -68,7 +68,7 @@ def reward_objective(
 
 def ppo_objective(
     config: ModelConfig,
-    value_config: ModelConfig,
+    value_config: ModelConfig | None,
     compute_dtype="float32",
     remat="none",
     *,
@@ -81,6 +81,9 @@ def ppo_objective(
 ):
     """Clipped policy loss plus clipped value loss; `params` are `{"policy": ..., "value": ...}`.
 
+    Without `value_config` they share a trunk: `params` are `{"policy": ...}` alone, whose score head gives the values
+    from the hidden states that give the logits, and the gradients of both losses meet there.
+
     Batch: `tokens` and `positions` `[B, P + N]` (prompt left-padded to P, completion from P on), and for the
     completion `[B, N]`: `mask`, `old_logprobs` (recorded by the sampler), `old_values`, `advantages`, `returns`.
     Logits are divided by the temperature of the rollouts. The value is the value model's output minus `value_offset`:
@@ -90,10 +93,16 @@ def ppo_objective(
     def objective(params, batch):
         mask = batch["mask"]
         arrays = batch["tokens"], batch["positions"], mask
-        logprobs_BN, entropy_BN = completion_logprobs(
-            config, params["policy"], *arrays, temperature, compute_dtype, remat, attention
-        )
-        values_BN = completion_values(value_config, params["value"], *arrays, compute_dtype, remat, attention)
+        forms = compute_dtype, remat, attention
+        if value_config is None:
+            hidden_BND = _before_completion(config, params["policy"], *arrays, *forms)
+            head = _head(config, params["policy"], compute_dtype)
+            targets_BN = batch["tokens"][:, -mask.shape[1] :]
+            logprobs_BN, entropy_BN = token_logprobs(hidden_BND, head, targets_BN, temperature=temperature)
+            values_BN = scalar_head(params["policy"], hidden_BND, compute_dtype)
+        else:
+            logprobs_BN, entropy_BN = completion_logprobs(config, params["policy"], *arrays, temperature, *forms)
+            values_BN = completion_values(value_config, params["value"], *arrays, *forms)
         values_BN = values_BN - value_offset
         policy_BN, policy_metrics = ppo.policy_terms(
             logprobs_BN, batch["old_logprobs"], batch["advantages"], mask, clip
@@ -109,6 +118,38 @@ def ppo_objective(
         }
         loss, count = masked_sum(policy_BN + value_coef * value_BN, mask)
         return loss, count, {name: masked_sum(x, mask)[0] for name, x in sums.items()}
+
+    return objective
+
+
+def grpo_objective(
+    config: ModelConfig, compute_dtype="float32", remat="none", *, temperature: float, clip: float, kl_coef: float,
+    length_norm="response", attention="auto",
+):  # fmt: skip
+    """Group relative policy optimization; `params` are `{"policy": ...}`. The loss stands in objectives/grpo.py.
+
+    Batch: `tokens`, `positions` `[B, P + N]`, `mask`, `old_logprobs` as in `ppo_objective`, `ref_logprobs` `[B, N]`,
+    and `advantages` `[B]`. The weight is the number of rows that have a token; metrics are means over a row's tokens.
+    """
+
+    def objective(params, batch):
+        mask = batch["mask"]
+        arrays = batch["tokens"], batch["positions"], mask
+        logprobs_BN, entropy_BN = completion_logprobs(
+            config, params["policy"], *arrays, temperature, compute_dtype, remat, attention
+        )
+        recorded = batch["old_logprobs"], batch["ref_logprobs"], batch["advantages"]
+        terms_BN, metrics = grpo.terms(logprobs_BN, *recorded, mask, clip, kl_coef)
+        has_tokens_B = jnp.any(mask > 0, axis=1)
+        loss, count = masked_sum(grpo.per_response(terms_BN, mask, length_norm), has_tokens_B)
+        arrays_BN = {
+            "entropy": entropy_BN,
+            "policy_clip_fraction": metrics["clip_fraction"],
+            "approx_kl": metrics["approx_kl"],
+            "kl_loss": metrics["kl_loss"],
+        }
+        sums = {name: grpo.per_response(x_BN, mask, "response").sum() for name, x_BN in arrays_BN.items()}
+        return loss, count, sums
 
     return objective
 
@@ -162,23 +203,26 @@ def completion_logprobs(
     attention="auto",
 ):  # fmt: skip
     """Log-probs and entropies `[B, N]` of the last N tokens of every row under softmax(logits / temperature)."""
-    start = tokens_BT.shape[1] - mask_BN.shape[1]
-    hidden_BTD = hidden_states(
-        config, params, tokens_BT, positions_BT, remat=remat, attention=attention, dtype=compute_dtype
-    )
+    hidden_BND = _before_completion(config, params, tokens_BT, positions_BT, mask_BN, compute_dtype, remat, attention)
     head = _head(config, params, compute_dtype)
-    return token_logprobs(hidden_BTD[:, start - 1 : -1], head, tokens_BT[:, start:], temperature=temperature)
+    return token_logprobs(hidden_BND, head, tokens_BT[:, -mask_BN.shape[1] :], temperature=temperature)
 
 
 def completion_values(
     config, params, tokens_BT, positions_BT, mask_BN, compute_dtype="float32", remat="none", attention="auto"
 ):
     """Value `[B, N]` of the state before each of the last N tokens."""
+    hidden_BND = _before_completion(config, params, tokens_BT, positions_BT, mask_BN, compute_dtype, remat, attention)
+    return scalar_head(params, hidden_BND, compute_dtype)
+
+
+def _before_completion(config, params, tokens_BT, positions_BT, mask_BN, compute_dtype, remat, attention):
+    """The hidden states `[B, N, D]` that predict the last N tokens: those of the token before each."""
     start = tokens_BT.shape[1] - mask_BN.shape[1]
-    values_BT = values(
+    hidden_BTD = hidden_states(
         config, params, tokens_BT, positions_BT, remat=remat, attention=attention, dtype=compute_dtype
     )
-    return values_BT[:, start - 1 : -1]
+    return hidden_BTD[:, start - 1 : -1]
 
 
 def head_weights(config: ModelConfig, params) -> dict:

@@ -4,8 +4,10 @@ Masks mark the response tokens, end token included, that exist; T is any frame t
 the prompt before them). What stands outside the mask never changes a result or a gradient.
 """
 
+import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from .logprobs import as_float, assert_same_shape, masked_fill, masked_mean
 
@@ -31,13 +33,19 @@ def kl(logprobs_BT, ref_logprobs_BT, estimator):
     raise ValueError(f"unknown KL estimator {estimator!r}: use k1, k2 or k3")
 
 
-def rewards(scores_B, kl_BT, mask_BT, kl_coef):
+def rewards(scores_B, kl_BT, mask_BT, kl_coef, kl_per="token"):
     """Reward of each token, [B, T]: -kl_coef * kl, plus the row's score on its last real token.
 
     The last real token is the last true position of the mask: the end token where there is one (Ziegler et al.
     2019, arXiv 1909.08593, section 2). A row without tokens gets nothing. Always floating, whatever the
-    dtype of the scores.
+    dtype of the scores. With kl_per "sequence" the KL of the whole row is charged on its last real token: the sum is
+    the same, and each token pays for those before it too.
+
+    Raises:
+      ValueError: kl_per is neither "token" nor "sequence".
     """
+    if kl_per not in ("token", "sequence"):
+        raise ValueError(f"unknown place of the KL {kl_per!r}: use token or sequence")
     assert_same_shape(kl_BT, mask_BT)
     assert_same_shape(scores_B, jnp.asarray(mask_BT)[:, 0])
     mask_BT = jnp.asarray(mask_BT).astype(bool)
@@ -45,7 +53,51 @@ def rewards(scores_B, kl_BT, mask_BT, kl_coef):
     last_B = length - 1 - jnp.argmax(mask_BT[:, ::-1], axis=1)
     is_last_BT = mask_BT & (jnp.arange(length)[None, :] == last_B[:, None])
     penalty_BT = -kl_coef * masked_fill(kl_BT, mask_BT)
+    if kl_per == "sequence":
+        penalty_BT = jnp.where(is_last_BT, penalty_BT.sum(axis=1, keepdims=True), 0)
     return penalty_BT + jnp.where(is_last_BT, as_float(scores_B)[:, None], 0)
+
+
+def next_kl_coef(kl_coef, kl, target, horizon, rows):
+    """The adaptive KL coefficient after an update of `rows` rollouts whose KL was `kl` nats a response.
+
+    kl_coef * (1 + clip(kl / target - 1, -0.2, 0.2) * rows / horizon): Ziegler et al. 2019 (arXiv 1909.08593), section
+    2.2, whose K is rows / horizon in their code.
+    """
+    error = np.clip(kl / target - 1, -0.2, 0.2)
+    return kl_coef * (1 + error * rows / horizon)
+
+
+@flax.struct.dataclass
+class Moments:
+    """Running count, mean and sum of squared differences from it, of all scores so far; float32 scalars."""
+
+    count: jax.Array
+    mean: jax.Array
+    squares: jax.Array
+
+    def scale(self) -> float:
+        """The deviation (of the population); 1 where the scores do not differ."""
+        deviation = np.sqrt(float(self.squares) / max(float(self.count), 1.0))
+        return float(deviation) if deviation > 1e-6 else 1.0
+
+
+def no_scores() -> Moments:
+    """The moments before the first score."""
+    zero = np.float32(0)
+    return Moments(zero, zero, zero)
+
+
+def with_scores(moments: Moments, scores_B) -> Moments:
+    """The moments with more scores in them, on the host (Chan et al. 1979: merging of two sets)."""
+    scores_B = np.asarray(scores_B, np.float64)
+    count, mean, squares = float(moments.count), float(moments.mean), float(moments.squares)
+    more, total = len(scores_B), count + len(scores_B)
+    if not more:
+        return moments
+    step = scores_B.mean() - mean
+    squares += np.square(scores_B - scores_B.mean()).sum() + step**2 * count * more / total
+    return Moments(np.float32(total), np.float32(mean + step * more / total), np.float32(squares))
 
 
 def advantages(rewards_BT, values_BT, mask_BT, gamma, lam):

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 
 from cai_jax.accelerators import Slice, slices_of
 from cai_jax.config import Config
+from cai_jax.config_rules import REINFORCED
 from cai_jax.errors import UserError
 from cai_jax.overrides import apply_overrides, flatten
 
@@ -63,10 +64,10 @@ def _settings(config: Config) -> Iterator[tuple[str, ...]]:
     for tensor in (2, 4, 8):
         if tensor > config.mesh.tensor:
             yield ("mesh.data=1", "mesh.fsdp=-1", f"mesh.tensor={tensor}")
-    if "ppo" in config.stages and "ppo.frozen_dtype" in flat:
+    for name in (f"{stage}.frozen_dtype" for stage in REINFORCED if stage in config.stages):
         for dtype in ("bfloat16", "int8"):
-            if flat["ppo.frozen_dtype"] not in (dtype, "int8"):
-                yield (f"ppo.frozen_dtype={dtype}",)
+            if flat[name] not in (dtype, "int8"):
+                yield (f"{name}={dtype}",)
     if not config.sampler.int8_cache:
         yield ("sampler.int8_cache=true",)
     if not config.sampler.int8_weights:
@@ -79,10 +80,10 @@ def _more_microbatches(config: Config) -> Iterator[tuple[str, ...]]:
     """Twice and four times as many microbatches in every stage that trains."""
     for factor in (2, 4):
         settings = []
-        for stage in ("sft", "reward_model", "ppo"):
+        for stage in ("sft", "reward_model", *REINFORCED):
             if stage in config.stages:
                 section = getattr(config, stage)
-                rows = section.rollouts // section.minibatches if stage == "ppo" else section.batch_size
+                rows = section.rollouts // section.minibatches if stage in REINFORCED else section.batch_size
                 if rows % (section.microbatches * factor) == 0:
                     settings.append(f"{stage}.microbatches={section.microbatches * factor}")
         if settings:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from cai_jax.accelerators import Accelerator, Slice, slices_of
 from cai_jax.config import Config
-from cai_jax.config_rules import validate
+from cai_jax.config_rules import REINFORCED, validate
 from cai_jax.errors import UserError
 from cai_jax.models.families import ModelConfig
 from cai_jax.models.known_shapes import shape_of
@@ -129,14 +129,19 @@ def models_of(config: Config) -> dict[str, tuple[ModelConfig, str]]:
     base = shape_of(config.model.source)
     models = {"model.source": base}
     named = {
-        "preferences": ("policy", "judge"), "reward_model": ("start",), "ppo": ("policy", "reward_model"),
-        "evaluate": ("rl", "reward_model"),
+        "preferences": ("policy", "judge"), "reward_model": ("start",), "evaluate": ("rl", "reward_model"),
+        **{stage: ("policy", *_scoring_model(getattr(config, stage))) for stage in REINFORCED},
     }  # fmt: skip
     for stage, fields in named.items():
         for field in fields if stage in config.stages else ():
             source = getattr(getattr(config, stage), field)
             models[f"{stage}.{field}"] = shape_of(source, base[0]) if source else base
     return models
+
+
+def _scoring_model(settings) -> tuple[str, ...]:
+    """The field that names the model that scores rollouts; a rule has none."""
+    return {"model": ("reward_model",), "judge": ("judge",), "rule": ()}[settings.reward]
 
 
 def smallest_plan(config: Config, chip: Accelerator, measurer: Measurer) -> Plan:

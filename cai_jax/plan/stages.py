@@ -10,7 +10,8 @@ from cai_jax.plan.arithmetic import Batch, Work
 from cai_jax.plan.programs import SCORING, TRAINING, Program, Run, float32, int32, size
 from cai_jax.plan.sampling import Load, sampler_bytes, sampler_programs
 from cai_jax.sampler.engine import bucket
-from cai_jax.stages import ppo, reward_model, scoring, sft
+from cai_jax.stages import grpo, ppo, reward_model, rewards, scoring, sft
+from cai_jax.stages.rollouts import rows_of_pass
 from cai_jax.training.step import make_optimizer, make_schedule, make_train_step, split
 
 
@@ -108,51 +109,88 @@ def _reward_model(run: Run) -> list[Program]:
 
 
 def _ppo(run: Run) -> list[Program]:
-    settings, policy, value = run.config.ppo, run.models["ppo.policy"], run.models["ppo.reward_model"]
+    settings, policy, scorer = run.config.ppo, run.models["ppo.policy"], run.models.get("ppo.reward_model")
+    params, value = {"policy": run.params(policy, "policy")}, None
+    if settings.value_trunk == "separate":
+        value = scorer or policy
+        params["value"] = run.params(value, "reward")
+    else:
+        params["policy"]["score"] = run.params(policy, "reward")["score"]
+    objective = ppo.objective(run.config, policy, value, bias=0.0)
+    columns = ("old_logprobs", "advantages", "returns", "old_values")
+    valued = (value or policy, "value" if value else "policy")
+    return _reinforced(run, "ppo", objective, params, columns, valued, settings.updates + 1)
+
+
+def _grpo(run: Run) -> list[Program]:
+    policy = run.models["grpo.policy"]
+    params, objective = {"policy": run.params(policy, "policy")}, grpo.objective(run.config, policy)
+    return _reinforced(run, "grpo", objective, params, ("old_logprobs", "ref_logprobs"), None, run.config.grpo.updates)
+
+
+def _reinforced(run: Run, stage: str, objective, params, columns, valued, draws: int) -> list[Program]:
+    """The programs of a stage that learns from `draws` draws of rollouts.
+
+    `params` are the models that train, by name, `columns` those of its batch with a number a token. `valued`: what
+    gives the values of rollouts, its shape and its name in `params`; None where nothing does.
+    """
+    settings, policy = getattr(run.config, stage), run.models[f"{stage}.policy"]
+    scorer, judge = (run.models.get(f"{stage}.{name}") for name in ("reward_model", "judge"))
     prompt = ceil(settings.max_prompt_tokens / 32) * 32
-    answer, rollouts, updates = settings.response.max_new_tokens, settings.rollouts, settings.updates
-    reference, reward = (
-        run.params(model, kind, settings.frozen_dtype) for model, kind in ((policy, "policy"), (value, "reward"))
-    )
+    answer, rollouts = settings.response.max_new_tokens, settings.rollouts
+    reference = run.params(policy, "policy", settings.frozen_dtype)
+    reward = run.params(scorer, "reward", settings.frozen_dtype) if scorer else None
+    rater = run.params(judge, "policy") if judge else None
     rows, length = rollouts // settings.minibatches, prompt + answer
     batch = run.rows({
-        **{name: int32(rows, length) for name in ("tokens", "positions")},
-        "mask": int32(rows, answer),
-        **{name: float32(rows, answer) for name in ("old_logprobs", "advantages", "returns", "old_values")},
+        **{name: int32(rows, length) for name in ("tokens", "positions")}, "mask": int32(rows, answer),
+        **{name: float32(rows, answer) for name in columns},
+        **({} if "advantages" in columns else {"advantages": float32(rows)}),
     })  # fmt: skip
-    params = {"policy": run.params(policy, "policy"), "value": run.params(value, "reward")}
+    passes = [(policy, Batch(rows, length, answer))]
+    if "value" in params:
+        passes.append((valued[0], Batch(rows, length, None)))
     train = _training(
-        run, "ppo", ppo.objective(run.config, policy, value, bias=0.0), params, settings,
-        updates * settings.epochs * settings.minibatches, batch, size(reference, reward),
-        [(policy, Batch(rows, length, answer)), (value, Batch(rows, length, None))],
+        run, stage, objective, params, settings, settings.updates * settings.epochs * settings.minibatches, batch,
+        size(reference, reward, rater), passes,
     )  # fmt: skip
-    load = Load.of(run.config.sampler.rows, rollouts, answer, prompt, prompt + answer / 2, updates + 1)
     adapted, held = run.adapted(params), train.resident + train.arguments - size(batch)
-    score = _score(run, policy, value, (reference, adapted["value"], reward), prompt, held, updates + 1)
-    return [*sampler_programs(run, "ppo", policy, adapted["policy"], held, load), score, train]
+    value = (valued[0], adapted[valued[1]]) if valued else (None, None)
+    score = _score(run, stage, (policy, reference), value, (scorer, reward), prompt, held, draws)
+    slots = run.config.sampler.rows
+    load = Load.of(slots, rollouts, answer, prompt, prompt + answer / 2, draws)
+    programs = sampler_programs(run, stage, policy, adapted["policy"], held, load)
+    if judge:
+        # A request holds the conversation and some words around it.
+        asked = Load.of(slots, rollouts, 0, length, length, draws)
+        programs += sampler_programs(run, stage, judge, rater, held, asked, SCORING)
+    return [*programs, score, train]
 
 
-def _score(run: Run, policy, value, params, prompt: int, held: int, batches: int) -> Program:
-    """Reference log-probs, values and rewards in one program. `held`: all that the stage holds, its params included."""
-    settings = run.config.ppo
-    answer, parts = settings.response.max_new_tokens, settings.minibatches * settings.microbatches
-    rows = settings.rollouts // parts
+def _score(run: Run, stage: str, reference, value, reward, prompt: int, held: int, batches: int) -> Program:
+    """Reference log-probs, values and rewards in one program; each a pair of shape and params, or of None.
+
+    `held`: all that the stage holds, these params included.
+    """
+    settings = getattr(run.config, stage)
+    answer, rows = settings.response.max_new_tokens, rows_of_pass(settings)
     length = prompt + answer
     part = run.rows({
         **{name: int32(rows, length) for name in ("tokens", "positions")}, "mask": int32(rows, answer),
     })  # fmt: skip
-    scalars = value, Batch(rows, length, None)
-    passes = [(policy, Batch(rows, length, answer)), scalars, scalars]
-    # With adapters the value model and the reward model are one copy of what stays frozen.
-    shared = size(split(params[1], lora.trainable(params[1]))[1])
+    scalars = Batch(rows, length, None)
+    passes = [(reference[0], Batch(rows, length, answer)), *((shape, scalars) for shape, _ in (value, reward) if shape)]
+    shapes, params = zip(reference, value, reward, strict=True)
+    # With adapters what gives the values and what is frozen beside it are one copy of what does not train.
+    shared = size(split(value[1], lora.trainable(value[1]))[1]) if value[1] else 0
     forms = run.config.model, run.config.lora, settings.frozen_dtype
     return Program(
-        "ppo", "score rollouts", SCORING, run.key("ppo score", policy, value, rows, length, answer, *forms),
-        lambda: ppo.lower_score(run.config, policy, value, *params, part), size(params, part), 0,
+        stage, "score rollouts", SCORING, run.key("score rollouts", *shapes, rows, length, answer, *forms),
+        lambda: rewards.lower_score(run.config, stage, *shapes, *params, part), size(params, part), 0,
         sum(arithmetic.pass_temporaries(model, run.mesh, batch, run.itemsize) for model, batch in passes),
         held - size(params) + shared,
         sum((arithmetic.forward_work(model, run.mesh, batch, run.itemsize) for model, batch in passes), Work()),
-        batches * parts, shared=shared,
+        batches * (settings.rollouts // rows), shared=shared,
     )  # fmt: skip
 
 
@@ -223,5 +261,6 @@ _STAGES = {
     "preferences": _preferences,
     "reward_model": _reward_model,
     "ppo": _ppo,
+    "grpo": _grpo,
     "evaluate": _evaluate,
 }

@@ -16,6 +16,7 @@ TITLES = {
     "preferences": "AI preference labels",
     "reward_model": "Reward model",
     "ppo": "PPO",
+    "grpo": "GRPO",
     "evaluate": "Evaluation",
 }
 MODELS = {"base": "base", "sl_cai": "SL-CAI", "rl_cai": "RL-CAI"}

@@ -16,6 +16,7 @@ from cai_jax.report.numbers import (
     part,
     percent,
 )
+from cai_jax.report.training_sections import SCORED_BY
 
 BILLION = 10**9
 PLAIN_DRAWS = {"temperature": 1, "top_k": 0, "top_p": 1, "min_p": 0, "repetition_penalty": 1}
@@ -173,6 +174,8 @@ def limits(run: Run) -> Html:
 def _reward_meaning(run: Run) -> str:
     """Whether the reward is what PPO was trained on."""
     measured, trained = (_reward_model(run, stage) for stage in ("evaluate", "ppo"))
+    if source := SCORED_BY.get(run.resolved("ppo.reward")):
+        trained = source
     if measured == trained:
         return (
             "The reward is the score that PPO was trained to raise. That it rises shows that the optimiser"

@@ -16,6 +16,7 @@ _STAGE_SECTIONS = {
     "preferences": data_sections.preferences,
     "reward_model": training_sections.reward_model,
     "ppo": training_sections.ppo,
+    "grpo": training_sections.grpo,
     "evaluate": evaluation.evaluate,
 }
 

@@ -1,4 +1,4 @@
-"""Sections of the stages that train: SFT, reward model, PPO."""
+"""Sections of the stages that train: SFT, reward model, PPO, GRPO."""
 
 from cai_jax.report import plots, verdicts
 from cai_jax.report.artifacts import Run
@@ -120,16 +120,15 @@ def _reward_figures(metrics: list[dict], held_out: dict) -> Html:
     )
 
 
-PPO_PANELS = [
-    (
-        "score",
-        "Score of the reward model, and reward after the KL penalty",
-        {"score": "score", "reward": "reward"},
-        False,
-    ),
+SCORED_BY = {
+    "judge": "a judge model, which rates each answer from 1 to 10",
+    "rule": "the checks of the constitution",
+}
+ROLLOUT_PANELS = [
+    ("score", "Score, and reward after the KL penalty", {"score": "score", "reward": "reward"}, False),
     (
         "kl",
-        "KL to the SL-CAI model: the estimate in the reward, and k3 as a monitor",
+        "KL to the SL-CAI model, nats a response: k1, and k3 as a monitor",
         {"kl": "KL", "kl_k3": "k3"},
         False,
     ),
@@ -143,15 +142,57 @@ PPO_PANELS = [
         True,
     ),
     ("approx", "KL of the updated policy to the one that sampled", {"approx_kl": "approx. KL"}, False),
+]
+PPO_PANELS = [
+    *ROLLOUT_PANELS,
     ("policy-loss", "Policy loss", {"policy_loss": "policy loss"}, False),
     ("value-loss", "Value loss", {"value_loss": "value loss"}, False),
+    ("norm", "Gradient norm before clipping", {"grad_norm": "gradient norm"}, False),
+    ("coefficient", "Coefficient of the KL penalty", {"kl_coef": "coefficient"}, False),
+]
+GRPO_PANELS = [
+    *ROLLOUT_PANELS,
+    (
+        "spread",
+        "Deviation of the scores within a group; at 0 there is nothing to learn from",
+        {"group_deviation": "deviation"},
+        False,
+    ),
     ("norm", "Gradient norm before clipping", {"grad_norm": "gradient norm"}, False),
 ]
 
 
 def ppo(run: Run, titles: dict[str, str]) -> list:
     """One small panel a quantity, over the updates."""
-    stage = run.stages["ppo"]
+    target = run.resolved("ppo.kl_target")
+    penalty = f"coefficient {small(run.resolved('ppo.kl_coef'))}"
+    if target:
+        penalty = f"its coefficient steers to {small(target)} nats a response"
+    text = (
+        f"The SL-CAI model is trained to raise the score of {_scorer(run, 'ppo')}, held near where it started by a"
+        f" KL penalty ({penalty}). A score that rises while KL grows fast or entropy falls towards 0 is a warning: the"
+        " policy may be gaming the score."
+    )
+    return [paragraph(text), *_rollouts(run, "ppo", PPO_PANELS)]
+
+
+def grpo(run: Run, titles: dict[str, str]) -> list:
+    """The same for GRPO."""
+    text = (
+        f"{count(run.resolved('grpo.group'))} answers to each prompt are scored by {_scorer(run, 'grpo')}; those above"
+        " the mean of their group are made likelier, without a value model. The KL to the SL-CAI model stands in the"
+        f" loss (coefficient {small(run.resolved('grpo.kl_coef'))})."
+    )
+    return [paragraph(text), *_rollouts(run, "grpo", GRPO_PANELS)]
+
+
+def _scorer(run: Run, stage: str) -> str:
+    return SCORED_BY.get(run.resolved(f"{stage}.reward"), "the reward model")
+
+
+def _rollouts(run: Run, name: str, panels: list) -> list:
+    """Counts, first and last update, and a panel a quantity."""
+    stage = run.stages[name]
     summary = stage.summary or {}
     first, last = summary.get("first") or {}, summary.get("last") or {}
     keys = [
@@ -163,12 +204,13 @@ def ppo(run: Run, titles: dict[str, str]) -> list:
         ("truncated share", "truncated_share"),
     ]
     return [
-        paragraph(
-            "The SL-CAI model is trained to raise the reward model's score, held near where it started by a"
-            f" KL penalty (coefficient {small(run.resolved('ppo.kl_coef'))}). A score that rises while KL"
-            " grows fast or entropy falls towards 0 is a warning: the policy may be gaming the score."
+        facts(
+            [
+                ("updates", count(summary.get("updates"))),
+                ("rollouts", count(summary.get("rollouts"))),
+                *([("stopped", summary["stopped"])] if summary.get("stopped") else []),
+            ]
         ),
-        facts([("updates", count(summary.get("updates"))), ("rollouts", count(summary.get("rollouts")))]),
         (
             table(
                 ["", "first update", "last update"],
@@ -180,8 +222,8 @@ def ppo(run: Run, titles: dict[str, str]) -> list:
         el(
             "div",
             [
-                plots.curves(f"ppo-{name}", caption, stage.metrics, "update", metrics, share)
-                for name, caption, metrics, share in PPO_PANELS
+                plots.curves(f"{name}-{part}", caption, stage.metrics, "update", metrics, share)
+                for part, caption, metrics, share in panels
             ],
             class_="figures",
         ),

@@ -13,6 +13,7 @@ import jax
 import cai_jax
 from cai_jax import mesh as meshes
 from cai_jax.config import Config
+from cai_jax.config_rules import REINFORCED
 from cai_jax.constitution import Constitution, load_constitution
 from cai_jax.conversation_sets import Conversations
 from cai_jax.errors import UserError
@@ -27,7 +28,16 @@ from cai_jax.provenance import StageFolder, check_free_space, row_seed
 from cai_jax.sampler import Sampler
 from cai_jax.sampler.cache import cache_bytes, entry_dtype
 from cai_jax.sampler.memory import check_cache_fits, gibibytes
-from cai_jax.stages.inputs import check_models, check_principles, override_of, read_mixed, read_prompts, sources
+from cai_jax.stages.inputs import (
+    check_models,
+    check_principles,
+    judge_of,
+    override_of,
+    read_mixed,
+    read_prompts,
+    sources,
+)
+from cai_jax.stages.rollouts import rows_of_pass
 from cai_jax.training.checkpoint import Checkpoints
 
 PROMPT_SETS = {
@@ -36,12 +46,13 @@ PROMPT_SETS = {
     "preferences": ("red_team", "helpful"),
     "reward_model": (),
     "ppo": ("red_team", "helpful"),
+    "grpo": ("red_team", "helpful"),
     "evaluate": ("eval_red_team", "eval_helpful", "eval_look_alike"),
 }
-# Copies of the parameters in a train state: themselves and two moments, in PPO those of a value model too.
-STATE_COPIES = {"sft": 3, "reward_model": 3, "ppo": 6}
+# Copies of the parameters in a train state: themselves and two moments, in PPO those of a value model of its own too.
+STATE_COPIES = {"sft": 3, "reward_model": 3, "ppo": 6, "grpo": 3}
 # Stages that compute nothing with the model that the run starts from: its memory is theirs.
-WITHOUT_BASE = ("reward_model", "ppo")
+WITHOUT_BASE = ("reward_model", "ppo", "grpo")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "datasets")
 
 
@@ -246,8 +257,8 @@ class Context:
                 fingerprint[f"input.{source}"] = done["hash"]
             elif source in self.config.stages:
                 fingerprint[f"input.{source}"] = None
-        if stage == "preferences" and self.config.preferences.judge:
-            fingerprint["input.judge"] = model_hash(self.config.preferences.judge)
+        if judge := judge_of(self.config, stage):
+            fingerprint["input.judge"] = model_hash(judge)
         return fingerprint
 
 
@@ -281,8 +292,9 @@ def _copies_on_disk(config: Config, stage: str) -> int:
         return 0
     if config.lora.rank:
         return 2  # the states of adapters are small
+    copies = 3 if stage == "ppo" and config.ppo.value_trunk == "shared" else STATE_COPIES[stage]
     states = config.checkpoints.keep + 1 + (config.checkpoints.export == "best")
-    return STATE_COPIES[stage] * states + 1
+    return copies * states + 1
 
 
 def _announce_cache(context: Context) -> None:
@@ -303,7 +315,7 @@ def check_rows(config: Config, mesh) -> None:
     sizes = {
         "sft": ("sft.batch_size", config.sft.batch_size // config.sft.microbatches),
         "reward_model": ("reward_model.batch_size", config.reward_model.batch_size // config.reward_model.microbatches),
-        "ppo": ("ppo.rollouts", config.ppo.rollouts // config.ppo.minibatches // config.ppo.microbatches),
+        **{name: (f"{name}.rollouts", rows_of_pass(getattr(config, name))) for name in REINFORCED},
     }
     selected = [sizes[stage] for stage in config.stages if stage in sizes]
     for name, size in [("sampler.rows", config.sampler.rows), *selected]:

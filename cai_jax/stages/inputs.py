@@ -1,10 +1,12 @@
 """The inputs of the selected stages, checked before any compute is spent and before `--fresh` throws anything away."""
 
+from functools import partial
 from pathlib import Path
 
 from cai_jax.chat import encode_chat, turn_end_id
 from cai_jax.config import Config
-from cai_jax.constitution import Constitution
+from cai_jax.config_rules import REINFORCED
+from cai_jax.constitution import Constitution, load_constitution
 from cai_jax.conversation_sets import OWN, Conversations, load_conversations, parse_mixer
 from cai_jax.errors import UserError
 from cai_jax.models.pretrained import ModelInfo, check_model, written_ids
@@ -19,19 +21,33 @@ INPUTS = {
     "preferences": {"sft": "policy"},
     "reward_model": {"preferences": "", "sft": "start"},
     "ppo": {"sft": "policy", "reward_model": "reward_model"},
+    "grpo": {"sft": "policy", "reward_model": "reward_model"},
     "evaluate": {"sft": "sft", "reward_model": "reward_model", "ppo": "rl"},
 }
 COMPARES_WHAT_THERE_IS = ("evaluate",)
-_KINDS = {"sft": "policy", "reward_model": "reward", "ppo": "policy"}  # of the models that stages leave
+# Of the models that stages leave.
+_KINDS = {"sft": "policy", "reward_model": "reward", "ppo": "policy", "grpo": "policy"}
 _TRAIN_SETS = ("red_team", "helpful")
 _EVAL_SETS = ("eval_red_team", "eval_helpful", "eval_look_alike")
 
 
 def sources(config: Config, stage: str) -> dict[str, str]:
-    """The INPUTS of a stage under a config: an SFT on other sets alone reads no revisions."""
+    """The INPUTS of a stage under a config.
+
+    An SFT on other sets alone reads no revisions; what is rewarded by a judge or a rule has no reward model.
+    """
     if stage == "sft" and "revisions" not in parse_mixer(config.sft.mixer):
         return {}
+    if stage in REINFORCED and getattr(config, stage).reward != "model":
+        return {"sft": "policy"}
     return INPUTS[stage]
+
+
+def judge_of(config: Config, stage: str) -> str:
+    """The model that the config puts in the place of the base model as the judge of a stage; "": none, or no judge."""
+    if stage == "preferences" or (stage in REINFORCED and getattr(config, stage).reward == "judge"):
+        return getattr(config, stage).judge
+    return ""
 
 
 def override_of(config: Config, stage: str, source: str) -> str:
@@ -80,14 +96,14 @@ def check_models(config: Config, run_dir: Path) -> None:
 
     Reads configs, tokenizers and the shapes of tensors, no weights.
     """
-    for source in filter(None, (config.model.source, config.preferences.judge)):
+    for source in filter(None, (config.model.source, *(judge_of(config, stage) for stage in config.stages))):
         _check_apart(config, run_dir, source)
     base = check_model(config.model.source, "policy")
     _check_tokenizer(base)
     made = {"critique_revision": None, "preferences": None, "sft": base}  # what selected stages will leave
     for stage in config.stages:
         models = {source: _input(config, run_dir, stage, source, made) for source in sources(config, stage)}
-        if stage in ("reward_model", "ppo"):
+        if stage in ("reward_model", *REINFORCED):
             made[stage] = models["sft"]
         if check := _CHECKS.get(stage):
             check(config, base, models)
@@ -169,11 +185,19 @@ def _check_reward_model(config: Config, base: ModelInfo, models: dict) -> None:
     _check_same_ids(base, models["sft"])
 
 
-def _check_ppo(config: Config, base: ModelInfo, models: dict) -> None:
-    _check_same_ids(models["sft"], models["reward_model"])
-    row = config.ppo.max_prompt_tokens + config.ppo.response.max_new_tokens
-    longest = min(row, models["sft"].config.max_position)
-    _check_length("ppo.max_prompt_tokens + ppo.response.max_new_tokens", longest, models["reward_model"])
+def _check_rewards(stage: str, config: Config, base: ModelInfo, models: dict) -> None:
+    settings = getattr(config, stage)
+    if settings.reward == "model":
+        _check_same_ids(models["sft"], models["reward_model"])
+        row = settings.max_prompt_tokens + settings.response.max_new_tokens
+        longest = min(row, models["sft"].config.max_position)
+        name = f"{stage}.max_prompt_tokens + {stage}.response.max_new_tokens"
+        _check_length(name, longest, models["reward_model"])
+    elif settings.reward == "judge":
+        _check_tokenizer(check_model(settings.judge, "policy") if settings.judge else base)
+    elif not any(principle.check for principle in load_constitution(config.constitution).principles):
+        raise UserError(f"{stage}.reward=rule: no principle of the constitution ({config.constitution}) has a check; "
+                        "name one that has, such as verifiable")
 
 
 def _check_evaluate(config: Config, base: ModelInfo, models: dict) -> None:
@@ -188,6 +212,7 @@ _CHECKS = {
     "sft": _check_sft,
     "preferences": _check_preferences,
     "reward_model": _check_reward_model,
-    "ppo": _check_ppo,
+    "ppo": partial(_check_rewards, "ppo"),
+    "grpo": partial(_check_rewards, "grpo"),
     "evaluate": _check_evaluate,
 }

@@ -9,6 +9,8 @@ import jax
 from cai_jax import distributed, interrupts
 from cai_jax.training.checkpoint import Checkpoints
 
+ENDS = "ends_training"  # a metric: above 0, the step that reports it is the last one
+
 
 def run(
     state,
@@ -25,7 +27,8 @@ def run(
 
     `advance(state, index) -> (state, metrics, tokens)` does step `index`, counted from 0, and depends on nothing
     but its arguments. A line of metrics is written for every step, under the key `unit`, counted from 1. Lines
-    after the last checkpoint are dropped before going on, so a resumed run leaves the same lines.
+    after the last checkpoint are dropped before going on, so a resumed run leaves the same lines. A step whose metrics
+    have ENDS is the last, whatever the total.
 
     Without `quality` the last state is returned. `quality(state, lines) -> float` judges a state, higher is better, by
     itself or by the lines of metrics of the steps since the checkpoint before it was due; the best of the states at
@@ -42,6 +45,8 @@ def run(
     ):
         lines = metrics_log.read()
         for index in range(done, total):
+            if lines and lines[-1].get(ENDS):
+                break
             started = time.monotonic()
             with jax.profiler.StepTraceAnnotation(name, step_num=index + 1):
                 state, metrics, tokens = advance(state, index)

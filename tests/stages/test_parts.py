@@ -11,8 +11,9 @@ from cai_jax.labelers.judge import opinion_of
 from cai_jax.provenance import row_seed
 from cai_jax.stages.critique_revision import draw_principle
 from cai_jax.stages.labelling import label
-from cai_jax.stages.ppo import draw_prompts, minibatches
 from cai_jax.stages.reward_model import held_out_metrics, split_by_prompt
+from cai_jax.stages.rollouts import draw_prompts
+from cai_jax.stages.updates import minibatches
 
 
 def label_from_logprobs(logprobs_ab, logprobs_ba):
@@ -66,9 +67,9 @@ def test_every_update_and_pass_has_a_permutation_of_its_own():
 def test_rollouts_use_every_prompt_before_one_comes_again():
     context = SimpleNamespace(row_seed=lambda *parts: row_seed(0, *parts))
     prompts = [f"p{i}" for i in range(5)]
-    drawn = [prompt for prompt, _ in draw_prompts(context, prompts, 10, "update-0")]
+    drawn = draw_prompts(context, "ppo", prompts, 10, "update-0")
     assert sorted(drawn[:5]) == sorted(drawn[5:]) == prompts
-    assert drawn != [prompt for prompt, _ in draw_prompts(context, prompts, 10, "update-1")]
+    assert drawn != draw_prompts(context, "ppo", prompts, 10, "update-1")
 
 
 def test_all_pairs_of_a_prompt_fall_on_one_side():

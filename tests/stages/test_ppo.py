@@ -15,12 +15,15 @@ from cai_jax.models import transformer
 from cai_jax.models.pretrained import load_model
 from cai_jax.named_runs import load_config
 from cai_jax.objectives.model_losses import completion_logprobs, completion_values, ppo_objective
+from cai_jax.objectives.ppo import no_scores
 from cai_jax.overrides import apply_overrides
 from cai_jax.progress import Progress
 from cai_jax.provenance import row_seed
 from cai_jax.stages import ppo
 from cai_jax.stages.context import prepare
-from cai_jax.stages.ppo import Frozen, _reward_bias, _score, lower_score, sample_rollouts, score_rollouts
+from cai_jax.stages.ppo import Frozen, _reward_bias, score_rollouts
+from cai_jax.stages.rewards import Source, _score, lower_score
+from cai_jax.stages.rollouts import Prompts, Rollouts, sample_rollouts
 from cai_jax.stages.scoring import lower_rewards
 
 PROMPT, ROOM, ROWS = 8, 6, 4
@@ -28,7 +31,8 @@ PROMPT, ROOM, ROWS = 8, 6, 4
 
 @pytest.fixture(scope="module")
 def frozen():
-    return Frozen(load_model("random:llama"), load_model("random:llama", kind="reward", seed=3), [], PROMPT)
+    reward = load_model("random:llama", kind="reward", seed=3)
+    return Frozen(load_model("random:llama"), Source("model", reward), Prompts([], PROMPT), reward.config)
 
 
 @pytest.fixture(scope="module")
@@ -45,31 +49,33 @@ def rollouts(frozen):
     }  # fmt: skip
 
 
-def scored(frozen, rollouts, bias):
-    settings = Ppo(rollouts=ROWS, minibatches=2, whiten_advantages=False, kl_coef=0.0)
+def scored(frozen, rollouts, bias, moments=None, **settings):
+    settings = Ppo(**{"rollouts": ROWS, "minibatches": 2, "whiten_advantages": False, "kl_coef": 0.0} | settings)
     config = Config(model=Model("random:llama"), description="one update", ppo=settings)
     context = SimpleNamespace(config=config, put_rows=lambda batch: batch)
-    return score_rollouts(context, frozen, frozen.reward.params, rollouts, bias)
+    params = {"policy": frozen.reference.params, "value": frozen.source.model.params}
+    asked = Rollouts("update-0", [], [], rollouts)
+    return score_rollouts(context, frozen, params, asked, bias, settings.kl_coef, moments or no_scores())
 
 
 def test_the_bias_of_the_reward_model_stands_in_no_advantage(frozen, rollouts):
     """Values that keep the bias while scores lose it would carry -bias * lam^(T-t) into every advantage."""
-    plain, _ = scored(frozen, rollouts, 0.0)
-    shifted, report = scored(frozen, rollouts, 7.0)
+    plain, *_ = scored(frozen, rollouts, 0.0)
+    shifted, report, _ = scored(frozen, rollouts, 7.0)
     np.testing.assert_allclose(shifted["advantages"], plain["advantages"], atol=1e-4)
     np.testing.assert_allclose(shifted["old_values"], plain["old_values"] - 7, atol=1e-5)
     assert abs(float(report["value_mean"]) - float(report["score"])) < 3  # 7 apart, were only one of them shifted
 
 
 def test_the_value_loss_is_of_the_value_without_the_bias(frozen, rollouts):
-    batch, _ = scored(frozen, rollouts, 7.0)
+    batch, *_ = scored(frozen, rollouts, 7.0)
     objective = ppo_objective(
-        frozen.reference.config, frozen.reward.config, temperature=1.0, clip=0.2, value_clip=0.2, value_coef=0.1,
+        frozen.reference.config, frozen.value_config, temperature=1.0, clip=0.2, value_clip=0.2, value_coef=0.1,
         value_offset=7.0,
     )  # fmt: skip
-    _, count, sums = objective({"policy": frozen.reference.params, "value": frozen.reward.params}, batch)
+    _, count, sums = objective({"policy": frozen.reference.params, "value": frozen.source.model.params}, batch)
     raw = completion_values(
-        frozen.reward.config, frozen.reward.params, batch["tokens"], batch["positions"], batch["mask"]
+        frozen.value_config, frozen.source.model.params, batch["tokens"], batch["positions"], batch["mask"]
     )
     errors = np.square(np.asarray(raw) - 7 - batch["returns"])[batch["mask"] > 0]
     assert float(sums["value_clip_fraction"]) == 0, "nothing has moved yet, so nothing is clipped"
@@ -78,14 +84,14 @@ def test_the_value_loss_is_of_the_value_without_the_bias(frozen, rollouts):
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_a_step_makes_what_has_advantage_likelier(frozen, rollouts, sign):
-    batch, _ = scored(frozen, rollouts, 0.0)
+    batch, *_ = scored(frozen, rollouts, 0.0)
     config, params = frozen.reference.config, frozen.reference.params
     rng = np.random.default_rng(1)
     batch = batch | {"advantages": (sign * rng.normal(size=batch["mask"].shape) * batch["mask"]).astype(np.float32)}
     objective = ppo_objective(
-        config, frozen.reward.config, temperature=1.0, clip=0.2, value_clip=0.2, value_coef=0.0
+        config, frozen.value_config, temperature=1.0, clip=0.2, value_clip=0.2, value_coef=0.0
     )
-    both = {"policy": params, "value": frozen.reward.params}
+    both = {"policy": params, "value": frozen.source.model.params}
     grads = jax.jit(jax.grad(lambda both: objective(both, batch)[0]))(both)["policy"]
     moved = jax.tree.map(lambda leaf, grad: leaf - 1e-3 * grad, params, grads)
     after, _ = completion_logprobs(config, moved, batch["tokens"], batch["positions"], batch["mask"])
@@ -97,13 +103,13 @@ def test_a_step_makes_what_has_advantage_likelier(frozen, rollouts, sign):
 def test_an_altered_reference_is_one_line_to_the_user(tmp_path, content):
     (tmp_path / "reference.json").write_text(content)
     with pytest.raises(UserError, match="reference.json.*--fresh") as refused:
-        _reward_bias(None, SimpleNamespace(path=tmp_path), None, None)
+        _reward_bias(None, SimpleNamespace(path=tmp_path), None, None, None)
     assert "\n" not in str(refused.value)
 
 
 def test_the_recorded_reference_is_taken_as_it_is(tmp_path):
     (tmp_path / "reference.json").write_text('{"score_mean": -1.5, "samples": 4}')
-    assert _reward_bias(None, SimpleNamespace(path=tmp_path), None, None) == -1.5
+    assert _reward_bias(None, SimpleNamespace(path=tmp_path), None, None, None) == -1.5
 
 
 def test_more_rollouts_than_slots_are_the_same_rollouts(frozen):
@@ -113,9 +119,9 @@ def test_more_rollouts_than_slots_are_the_same_rollouts(frozen):
         row_seed=lambda *parts: row_seed(0, *parts),
     )
     prompts = [SimpleNamespace(id=n, messages=[{"role": "user", "content": n * 3}]) for n in "abcd"]
-    asked = replace(frozen, prompts=prompts, prompt_length=64)
+    asked = Prompts(prompts, 64)
     wide, narrow = (
-        sample_rollouts(context, Sampler(frozen.reference, max_length=128, rows=rows), asked, "update-0")
+        sample_rollouts(context, "ppo", Sampler(frozen.reference, max_length=128, rows=rows), asked, "update-0").arrays
         for rows in (6, 2)
     )
     assert wide["mask"].shape == (6, ROOM)
@@ -125,11 +131,12 @@ def test_more_rollouts_than_slots_are_the_same_rollouts(frozen):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
 def test_smaller_frozen_models_stay_close(frozen, rollouts, dtype):
-    small = Frozen(load_model("random:llama", dtype), load_model("random:llama", dtype, "reward", seed=3), [], PROMPT)
+    reward = load_model("random:llama", dtype, "reward", seed=3)
+    small = replace(frozen, reference=load_model("random:llama", dtype), source=Source("model", reward))
     part = {name: rollouts[name] for name in ("tokens", "positions", "mask")}
     (ref, _, scores), (small_ref, _, small_scores) = (
-        _score(f.reference.config, f.reward.config, f.reference.params, frozen.reward.params, f.reward.params, part,
-               1.0, "float32", "auto")
+        _score(f.reference.config, f.value_config, f.source.model.config, f.reference.params,
+               frozen.source.model.params, f.source.model.params, part, 1.0, "float32", "auto")
         for f in (frozen, small)
     )  # fmt: skip
     error = np.abs(ref - small_ref)[rollouts["mask"] > 0]
@@ -145,12 +152,13 @@ def test_scoring_attends_as_the_config_says(frozen, rollouts, monkeypatch):
         return choose("xla", *rest)
 
     monkeypatch.setattr(transformer, "choose_backend", note)
-    models = frozen.reference.params, frozen.reward.params, frozen.reward.params
+    reward = frozen.source.model
+    models = frozen.reference.params, reward.params, reward.params
     part = {name: rollouts[name] for name in ("tokens", "positions", "mask")}
     config = Config(Model("random:llama", attention="cudnn"), "as asked")
-    lower_score(config, frozen.reference.config, frozen.reward.config, *models, part)
+    lower_score(config, "ppo", frozen.reference.config, reward.config, reward.config, *models, part)
     tokens, positions = part["tokens"], part["positions"]
-    lower_rewards(config, frozen.reward.config, frozen.reward.params, tokens, positions)
+    lower_rewards(config, reward.config, reward.params, tokens, positions)
     assert asked == ["cudnn"] * 4, "reference, values and scores of rollouts; scores of texts"
 
 
