@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cai_jax import named_runs
-from cai_jax.config import Config, Mesh, Model, Ppo
+from cai_jax.config import OPTIONAL, STAGES, Config, Mesh, Model, Ppo
 from cai_jax.config_rules import validate
 from cai_jax.errors import UserError
 from cai_jax.named_runs import load_config
@@ -132,6 +132,10 @@ def test_nested_and_flat_forms_say_the_same():
     "ppo.value_coef=-1", "ppo.missing_eos_penalty=-1", "ppo.max_prompt_tokens=0",
     "ppo.response.temperature=0", "ppo.response.top_p=0.9", "ppo.response.top_k=5", "ppo.response.min_p=0.1",
     "ppo.response.repetition_penalty=1.1", "evaluate.rows_per_shard=0",
+    "ppo.reward=oracle", "ppo.principles=some", "ppo.value_trunk=half", "ppo.max_update_kl=-1", "ppo.kl_target=-1",
+    "ppo.kl_horizon=0", "ppo.kl_per=row", "ppo.score_clip=-1", "grpo.group=1", "grpo.group=7", "grpo.length_norm=none",
+    "grpo.reward=none", "grpo.clip=0", "grpo.rollouts=0", "grpo.minibatches=3", "grpo.response.temperature=0",
+    "grpo.response.top_p=0.9", "grpo.frozen_dtype=int4",
     "evaluate.response.max_new_tokens=1024", "critique_revision.critique.max_new_tokens=5000",
     "sft.microbatches=3", "reward_model.microbatches=5", "ppo.rollouts=63", "ppo.minibatches=3",
     "ppo.max_prompt_tokens=1000", "constitution=a\0b", "ppo.frozen_dtype=int4", "lora.alpha=0",
@@ -150,7 +154,10 @@ def test_a_value_out_of_range_is_refused_by_field(override):
     "preferences.labelers=options,thought,contrast,rating,rule", "preferences.principles=0",
     "preferences.thought.most=1",
     "preferences.rule.probability=1", "preferences.filters.least_confidence=0.5", "stages=evaluate",
-    "stages=sft,ppo", "lora.rank=1", "lora.targets=v", "ppo.frozen_dtype=int8",
+    "ppo.reward=judge", "ppo.reward=rule", "ppo.principles=all", "ppo.value_trunk=shared", "ppo.kl_per=sequence",
+    "ppo.kl_target=6", "ppo.max_update_kl=0.1", "ppo.score_clip=3", "ppo.normalise_scores=true", "grpo.group=2",
+    "grpo.length_norm=limit", "grpo.scale_advantages=false", "grpo.kl_coef=0", "stages=grpo", "stages=ppo,grpo",
+    "stages=evaluate", "stages=sft,ppo", "lora.rank=1", "lora.targets=v", "ppo.frozen_dtype=int8",
 ])
 def test_a_value_on_the_edge_of_its_range_is_taken(override):
     validate(apply_overrides(base(), [override]))
@@ -190,6 +197,17 @@ def test_consistency_needs_both_orders():
 def test_frozen_models_have_no_dtype_of_their_own_under_adapters():
     config = apply_overrides(base(), ["lora.rank=4", "ppo.frozen_dtype=int8"])
     assert "ppo.frozen_dtype (int8) must be empty" in error_of(validate, config)
+    config = apply_overrides(base(), ["lora.rank=4", "grpo.frozen_dtype=bfloat16"])
+    assert "grpo.frozen_dtype (bfloat16) must be empty" in error_of(validate, config)
+
+
+def test_an_adaptive_kl_coefficient_cannot_start_at_nothing():
+    config = apply_overrides(base(), ["ppo.kl_target=6", "ppo.kl_coef=0"])
+    assert "ppo.kl_coef must be above 0 with ppo.kl_target=6.0" in error_of(validate, config)
+
+
+def test_the_optional_stages_run_where_they_are_named():
+    assert not set(base().stages) & set(OPTIONAL) and set(base().stages) | set(OPTIONAL) == set(STAGES)
 
 
 def test_only_one_mesh_axis_takes_what_is_left():

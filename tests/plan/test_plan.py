@@ -6,17 +6,20 @@ import re
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from cai_jax.accelerators import ACCELERATORS, GIB, Accelerator, Slice, parse_slice
 from cai_jax.config import Mesh, Model
 from cai_jax.errors import UserError
+from cai_jax.mesh import make_mesh
 from cai_jax.models.flops import parameters
 from cai_jax.named_runs import load_config
 from cai_jax.overrides import apply_overrides
 from cai_jax.plan import command
 from cai_jax.plan.measure import Measurer, _used
-from cai_jax.plan.plan import find_change, make_plan, smallest_plan
+from cai_jax.plan.plan import _run, find_change, make_plan, smallest_plan
+from cai_jax.plan.stages import programs_of
 from cai_jax.plan.table import as_json, as_text, refusal
 from cai_jax.stages import context
 
@@ -77,6 +80,53 @@ def test_more_chips_take_less_time_and_memory(ppo, plan):
     half = make_plan(ppo, parse_slice("h100x4"), ARITHMETIC)
     assert line(plan, "train step").memory.arguments < 0.6 * line(half, "train step").memory.arguments
     assert plan.seconds() < half.seconds()
+
+
+def test_what_a_plan_of_ppo_holds_follows_from_the_choice_of_reward_and_value(ppo, plan):
+    """A shared trunk trains one model, a rule has no reward model, a judge has a sampler of its own."""
+
+    def planned(*overrides):
+        return make_plan(apply_overrides(ppo, overrides), H100, ARITHMETIC)
+
+    one = 4 * parameters(plan.models["model.source"][0]) / H100.chips
+    both, rule = line(plan, "train step"), planned("ppo.reward=rule")
+    shared = line(planned("ppo.value_trunk=shared"), "train step")
+    assert shared.memory.arguments == pytest.approx(both.memory.arguments / 2, rel=0.02)
+    assert shared.program.work.flops < 0.6 * both.program.work.flops
+    assert line(rule, "train step").program.resident == pytest.approx(one, rel=0.02), "the reference alone"
+    assert line(rule, "score rollouts").program.work.flops < 0.7 * line(plan, "score rollouts").program.work.flops
+    assert "ppo.reward_model" not in rule.models
+    judged = planned("ppo.reward=judge")
+    assert [each.program.name for each in judged.lines].count("prefill") == 2
+    assert line(judged, "train step").program.resident == pytest.approx(2 * one, rel=0.02), "reference and judge"
+
+
+def test_a_plan_of_grpo_has_no_value_model(plan):
+    grpo = load_config("grpo_7b")[1]
+    of_grpo = make_plan(grpo, H100, ARITHMETIC)
+    assert [each.program.name for each in of_grpo.lines] == [each.program.name for each in plan.lines]
+    train = line(of_grpo, "train step")
+    policy = parameters(of_grpo.models["model.source"][0])
+    assert train.memory.arguments == pytest.approx(12 * policy / H100.chips, rel=0.01)
+    assert train.program.calls == grpo.grpo.updates * grpo.grpo.minibatches
+    assert of_grpo.seconds() < plan.seconds()
+
+
+@pytest.mark.parametrize("name, overrides", [
+    ("ppo_7b", []), ("ppo_7b", ["ppo.value_trunk=shared"]), ("ppo_7b", ["ppo.reward=judge", "ppo.frozen_dtype=int8"]),
+    ("ppo_7b", ["ppo.reward=rule", "lora.rank=2"]), ("grpo_7b", []), ("grpo_7b", ["grpo.reward=rule", "lora.rank=2"]),
+])  # fmt: skip
+def test_what_is_planned_can_be_lowered(name, overrides):
+    """The arrays of the plan are those that the stage's programs take, for every choice; lowered for this CPU."""
+    config = load_config(name)[1]
+    [stage] = config.stages
+    small = [f"{stage}.rollouts=16", f"{stage}.minibatches=1", f"{stage}.microbatches=1", "model.source=random:llama",
+             "mesh.tensor=1", "mesh.fsdp=1"]  # fmt: skip
+    config = apply_overrides(config, [*small, f"{stage}.response.max_new_tokens=16", *overrides])
+    run, _ = _run(config, parse_slice("h100x1"))
+    programs = programs_of(dataclasses.replace(run, mesh=make_mesh(Mesh(1, 1, 1), jax.devices()[:1])))
+    for program in (program for program in programs if program.name in ("score rollouts", "train step")):
+        assert "func" in program.lower().as_text()
 
 
 def small_chip(gibibytes: float) -> Slice:
