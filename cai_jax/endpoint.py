@@ -20,6 +20,7 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 
+from cai_jax import distributed
 from cai_jax.budget import Budget, Spent
 from cai_jax.config import Endpoint, Sampling
 from cai_jax.errors import UserError
@@ -79,7 +80,7 @@ class Client:
         self.hash = content_hash([settings.base_url, settings.model])
         self.budget = Budget(settings, Path(folder) / "spent.jsonl")
         self._answers = Path(settings.cache).expanduser() if settings.cache else Path(folder) / "answers"
-        self._key = read_key(settings)
+        self._key = read_key(settings) if distributed.first() else ""  # the others ask nothing
         self._http = httpx.Client(
             headers=_headers(self._key), timeout=settings.timeout, follow_redirects=False,
             limits=httpx.Limits(max_connections=settings.requests_at_once),
@@ -263,6 +264,20 @@ class Client:
     def _count(self, name: str) -> None:
         with self._changed:
             setattr(self.counts, name, getattr(self.counts, name) + 1)
+
+
+def summary_of(settings: Endpoint, read: Sequence[int], written: Sequence[int], failures: Sequence[str]) -> dict:
+    """What the answers that stand in a stage's rows took, for its summary: the same however often the run was killed.
+
+    `read` and `written` are their tokens; `failures` name what came to nothing, "" is none. What was sent, repeated and
+    found on disk depends on how the run went: `Client.report` is for timing.json.
+    """
+    spent = Spent(0, sum(read), sum(written))
+    named = Counter(failure for failure in failures if failure)
+    return {
+        "model": settings.model, "base_url": settings.base_url, "answers": len(read), "tokens_read": spent.read,
+        "tokens_written": spent.written, "cost": spent.cost(settings), "failures": dict(sorted(named.items())),
+    }  # fmt: skip
 
 
 # ---------------------------------------------------------------- answers and waits

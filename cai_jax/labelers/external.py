@@ -1,9 +1,9 @@
-"""A judge behind an HTTP endpoint: its verdict in both orders, from the log-probs of the verdict where they are told."""
+"""A judge behind an HTTP endpoint: its verdict in both orders, from log-probs where the server tells them."""
 
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 from cai_jax.config import Sampling
 from cai_jax.constitution import Principle
@@ -47,16 +47,14 @@ class ExternalLabeler:
         """A row program of `Outside` requests alone; returns an `Opinion`.
 
         `detail`: "orders", the mean log-odds of response_a where it is shown first and second; "principles" {id:
-        log-odds}; "asked", an entry a principle and order with its place, its texts or log-probs, and its failure;
-        "usage", tokens read and written.
+        log-odds}; "asked", an entry a principle and order with its texts, log-probs of A and B, and failure; "usage",
+        tokens read and written; "flags", "left_out": some principle had no verdict.
         """
+        shown = (("ab", pair.response_a, pair.response_b, 1.0), ("ba", pair.response_b, pair.response_a, -1.0))
         asked, found = [], {}
         for principle in principles:
             logits = []
-            for first, second, sign in (
-                (pair.response_a, pair.response_b, 1.0), (pair.response_b, pair.response_a, -1.0),
-            ):  # fmt: skip
-                order = ("ab", "ba")[len(asked) % 2]
+            for order, first, second, sign in shown:
                 messages = self._question(pair.messages, principle, first, second)
                 verdict = yield from self._verdict(messages, row_seed(seed, principle.id, order))
                 asked.append({"principle": principle.id, "order": order, **verdict})
@@ -65,6 +63,7 @@ class ExternalLabeler:
             if len(logits) == 2:
                 found[principle.id] = logits
         detail = {"asked": asked, "usage": [sum(one["usage"][i] for one in asked) for i in (0, 1)]}
+        detail["flags"] = {"left_out": len(found) < len(principles)}
         if not found:
             return Opinion(None, next(one["failure"] for one in asked if one["failure"]), detail)
         orders = [sum(column) / len(found) for column in zip(*found.values(), strict=True)]
@@ -82,10 +81,10 @@ class ExternalLabeler:
                 return _found(replies, told["A"] - told["B"], logprobs=[told["A"], told["B"]])
         if not replies or (settings.samples > 1 and not replies[0].failure):
             drawn = Sampling(max_new_tokens=settings.verdict_tokens)
-            seeds = [row_seed(seed, "verdict", str(place)) for place in range(settings.samples)]
-            replies = replies[:0]
-            for key in seeds:
-                replies.append((yield from ask(self.client, question(settings, messages, drawn, key))))
+            replies = []
+            for place in range(settings.samples):
+                body = question(settings, messages, drawn, row_seed(seed, "verdict", str(place)))
+                replies.append((yield from ask(self.client, body)))
         verdicts = [parse_verdict(reply.text) for reply in replies if not reply.failure]
         a, b = verdicts.count("A"), verdicts.count("B")
         if a + b == 0:

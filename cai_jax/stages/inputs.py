@@ -5,6 +5,7 @@ from pathlib import Path
 from cai_jax.chat import encode_chat, turn_end_id
 from cai_jax.config import Config
 from cai_jax.conversation_sets import OWN, Conversations, load_conversations, parse_mixer
+from cai_jax.endpoint import EXTERNAL
 from cai_jax.errors import UserError
 from cai_jax.models.pretrained import ModelInfo, check_model, written_ids
 from cai_jax.prompt_sets import PromptRows, check_disjoint, load_prompts, with_unique_ids
@@ -20,6 +21,8 @@ INPUTS = {
     "ppo": {"sft": "policy", "reward_model": "reward_model"},
     "evaluate": {"sft": "sft", "reward_model": "reward_model", "ppo": "rl"},
 }
+# Config fields of a stage that can name the model at the endpoint.
+ASKS = {"critique_revision": ("critic", "reviser")}
 COMPARES_WHAT_THERE_IS = ("evaluate",)
 _KINDS = {"sft": "policy", "reward_model": "reward", "ppo": "policy"}  # of the models that stages leave
 _TRAIN_SETS = ("red_team", "helpful")
@@ -31,6 +34,12 @@ def sources(config: Config, stage: str) -> dict[str, str]:
     if stage == "sft" and "revisions" not in parse_mixer(config.sft.mixer):
         return {}
     return INPUTS[stage]
+
+
+def asks_endpoint(config: Config, stage: str) -> str:
+    """The config field by which a stage asks the model at the endpoint; "": it does not."""
+    section = getattr(config, stage)
+    return next((f"{stage}.{name}" for name in ASKS.get(stage, ()) if EXTERNAL in getattr(section, name)), "")
 
 
 def override_of(config: Config, stage: str, source: str) -> str:
