@@ -1,8 +1,8 @@
 """An OpenAI-compatible server with scripted faults, run as a process of its own: `python endpoint_server.py LOG KEY`.
 
 It prints its port, answers by the name of the model that is asked for, and appends a line a request to LOG: {"model",
-"body", "at", "authorized"}, never a header. Models: BEHAVIOUR or BEHAVIOUR-once, which is at fault the first time that a
-body is seen and well after. A fair judge prefers the response with more exclamation marks; -text ones tell no log-probs.
+"body", "at", "authorized"}, never a header. Models: BEHAVIOUR or BEHAVIOUR-once, at fault the first time that a
+body is seen and well after. The judge prefers the response with more exclamation marks; judge-text tells no log-probs.
 """
 
 import json
@@ -32,10 +32,10 @@ def chat(text: str, finish: str = "stop", logprobs=None) -> dict:
 def verdict(question: str, told: bool) -> dict:
     logit = preferred(question)
     letter = "A" if logit > 0 else "B"
-    top = [{"token": " A", "logprob": -1.0 + logit}, {"token": " B", "logprob": -1.0}, {"token": "C", "logprob": -9.0}]
-    place = {"token": f" {letter}", "logprob": top["AB".index(letter)]["logprob"], "top_logprobs": top}
+    top = [{"token": "A", "logprob": -1.0 + logit}, {"token": "B", "logprob": -1.0}, {"token": "C", "logprob": -9.0}]
+    place = {"token": letter, "logprob": top["AB".index(letter)]["logprob"], "top_logprobs": top}
     paren = {"token": "(", "logprob": 0.0, "top_logprobs": []}
-    return chat(f"( {letter})", logprobs={"content": [paren, place]} if told else None)
+    return chat(f"({letter}", logprobs={"content": [paren, place]} if told else None)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -112,7 +112,7 @@ class Handler(BaseHTTPRequestHandler):
             case "no-choices":
                 self.reply(200, {"choices": []})
             case "no-text":
-                self.reply(200, {"choices": [{"message": {"content": None, "tool_calls": []}, "finish_reason": "stop"}]})
+                self.reply(200, {"choices": [{"message": {"content": None, "tool_calls": []}}]})
             case "filtered":
                 self.reply(200, chat("half a sen", "content_filter"))
             case "long":
