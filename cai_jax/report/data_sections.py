@@ -78,8 +78,8 @@ def endpoint(stage: Stage) -> Html | None:
     line += f". Failures: {failures or 'none'}."
     if done:
         line += (
-            f" The last command asked {count(done.get('asked'))} questions, {count(done.get('cached'))} of them answered"
-            f" from disk; it sent {count(done.get('sent'))} requests, {count(done.get('retries'))} of them repeated."
+            f" The last command asked {count(done.get('asked'))} questions, {count(done.get('cached'))} of them"
+            f" answered from disk; it sent {count(done.get('sent'))} requests, {count(done.get('retries'))} of them repeated."
         )
     return paragraph(line)
 

@@ -37,6 +37,10 @@ def run(context, folder) -> dict:
             lambda prompt: _chain(context, sampler, preamble, prompt), preamble, finish=present,
         )  # fmt: skip
     if not rows:
+        if context.endpoint and (failures := context.endpoint.counts.failures):
+            told = ", ".join(f"{name} {times}" for name, times in sorted(failures.items()))
+            raise UserError(f"critique_revision: the endpoint gave no text for any row ({told}); mend it and run with "
+                            "--fresh")
         raise no_room
     reason = f"no room for a round in sampler.max_length={sampler.max_length}"
     if context.endpoint:

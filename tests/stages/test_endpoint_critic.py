@@ -2,17 +2,25 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from endpoints import KEY, KEY_ENV, serving
 from run_folders import artifacts
+
+from cai_jax import endpoint
+from cai_jax.errors import UserError
+from cai_jax.named_runs import load_config
+from cai_jax.overrides import apply_overrides
+from cai_jax.progress import Progress
+from cai_jax.replies import Reply
+from cai_jax.stages.context import prepare
 
 ROUNDS, ROWS = 2, 4
 
@@ -25,9 +33,10 @@ def server(tmp_path_factory):
 
 def command(server, run_dir: Path, *flags: str, model: str = "slow") -> list[str]:
     fields = {
-        "critique_revision.critic": "external", "critique_revision.reviser": "external", "endpoint.base_url": server.url,
-        "endpoint.model": model, "endpoint.key_env": KEY_ENV, "endpoint.price_read": 1000, "endpoint.timeout": 20,
-        "endpoint.requests_at_once": 1, "critique_revision.rows_per_shard": 1,
+        "critique_revision.critic": "external", "critique_revision.reviser": "external",
+        "endpoint.base_url": server.url, "endpoint.model": model, "endpoint.key_env": KEY_ENV,
+        "endpoint.price_read": 1000, "endpoint.timeout": 20, "endpoint.requests_at_once": 1,
+        "critique_revision.rows_per_shard": 1,
     }  # fmt: skip
     sets = [f"--set={name}={value}" for name, value in fields.items()]
     start = [sys.executable, "-m", "cai_jax.launch", "--config=tiny", "--stages=critique_revision"]
@@ -92,52 +101,112 @@ def test_the_key_is_in_no_file_of_the_run(finished):
     assert [path for path in files if KEY.encode() in path.read_bytes()] == []
 
 
-def test_a_killed_run_ends_with_the_same_bytes_and_asks_nothing_twice(finished, server, tmp_path):
-    run_dir, before = tmp_path / "killed", len(server.requests())
+def test_a_run_out_of_budget_and_then_killed_ends_with_the_same_bytes_and_asks_nothing_twice(
+    finished, server, tmp_path
+):
+    run_dir, before = tmp_path / "broken", len(server.requests())
+    result = launch(server, run_dir, "--set=endpoint.max_requests=4")
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: endpoint.max_requests=4: the next request could pass it")
+    assert "(spent: 4 requests, 440 tokens)" in last
+    assert len(server.requests()) - before == 4
+
+    larger = "--set=endpoint.max_requests=17"  # one for the request under way at the kill
     process = subprocess.Popen(
-        command(server, run_dir), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment(),
+        command(server, run_dir, larger), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment(),
         start_new_session=True,
     )  # fmt: skip
     answers = run_dir / "endpoint" / "answers"
-    while len(list(answers.rglob("*.json"))) < 5:
+    while len(list(answers.rglob("*.json"))) < 8:
         assert process.poll() is None
         time.sleep(0.005)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     assert not (run_dir / "critique_revision" / "done.json").exists()
     kept = {json.dumps(json.loads(path.read_text())["question"], sort_keys=True) for path in answers.rglob("*.json")}
-    result = launch(server, run_dir)
+    result = launch(server, run_dir, larger)
     assert result.returncode == 0, result.stderr
     times = asked(server, before)
     assert len(times) == 16 and all(times[body] == 1 for body in kept) and sum(times.values()) <= 17
     assert stage_artifacts(run_dir) == stage_artifacts(finished)
-    timing = json.loads((run_dir / "critique_revision" / "timing.json").read_text())
-    assert timing["endpoint"]["cached"] > 0 or timing["endpoint"]["asked"] < 16
 
 
-def test_a_spent_budget_ends_the_run_in_one_line_and_a_larger_one_goes_on(finished, server, tmp_path):
-    run_dir, before = tmp_path / "short", len(server.requests())
-    result = launch(server, run_dir, "--set=endpoint.max_requests=6")
-    assert result.returncode == 2 and "Traceback" not in result.stderr
-    last = result.stderr.strip().splitlines()[-1]
-    assert last.startswith("error: endpoint.max_requests=6: the next request could pass it (spent: 6 requests, 660 tokens)")
-    assert len(server.requests()) - before == 6
-    result = launch(server, run_dir, "--set=endpoint.max_requests=16")
-    assert result.returncode == 0, result.stderr
-    assert max(asked(server, before).values()) == 1
-    assert stage_artifacts(run_dir) == stage_artifacts(finished)
+# ---------------------------------------------------------------- in this process
 
 
-def test_the_door_says_what_is_missing_before_anything_is_computed(finished, server, tmp_path):
-    copy = Path(shutil.copytree(finished, tmp_path / "copy"))
-    result = launch(server, tmp_path / "new", **{KEY_ENV: ""})
-    assert result.returncode == 2 and "sampler:" not in result.stderr
-    assert result.stderr.strip().splitlines()[-1].startswith(f"error: endpoint.key_env={KEY_ENV}: this environment variable")
-    result = launch(server, copy, **{KEY_ENV: ""})  # a stage that is done asks nothing
-    assert result.returncode == 0 and "done before, skipped" in result.stderr
+def opened(server, run_dir: Path, model: str, *overrides: str):
+    run_dir.mkdir(exist_ok=True)
+    fields = ["critique_revision.critic=external", f"endpoint.base_url={server.url}", f"endpoint.model={model}",
+              f"endpoint.key_env={KEY_ENV}", *overrides]  # fmt: skip
+    config = replace(apply_overrides(load_config("tiny")[1], fields), stages=("critique_revision",))
+    return prepare("tiny", config, run_dir, False, Progress(run_dir))
 
 
-def test_rows_of_an_endpoint_that_fails_are_counted(server, tmp_path):
-    result = launch(server, tmp_path / "run", "--set=critique_revision.critic=", model="malformed")
-    assert result.returncode == 2
-    assert "no answer of the endpoint" in result.stderr.strip().splitlines()[-1], result.stderr
+def rows_and_summary(server, run_dir: Path, model: str, *overrides: str):
+    opened(server, run_dir, model, *overrides).run_stage("critique_revision")
+    stage = run_dir / "critique_revision"
+    rows = [json.loads(line) for path in sorted(stage.glob("rows-*")) for line in open(path)]
+    return rows, json.loads((stage / "summary.json").read_text())
+
+
+@pytest.fixture
+def with_key(monkeypatch):
+    monkeypatch.setenv(KEY_ENV, KEY)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    return monkeypatch
+
+
+def test_the_door_refuses_an_endpoint_that_cannot_be_asked(server, tmp_path, with_key):
+    with pytest.raises(UserError, match="critique_revision.critic is external and needs endpoint.model"):
+        opened(server, tmp_path, "")
+    with pytest.raises(UserError, match="cannot be reached"):
+        opened(server, tmp_path, "ok", "endpoint.base_url=http://127.0.0.1:1/v1")
+    with_key.delenv(KEY_ENV)
+    with pytest.raises(UserError, match=f"endpoint.key_env={KEY_ENV}: this environment variable is not set"):
+        opened(server, tmp_path, "ok")
+
+
+def test_another_model_is_another_input_and_a_stage_that_is_done_needs_no_key(server, tmp_path, with_key):
+    rows_and_summary(server, tmp_path, "ok")
+    with pytest.raises(UserError, match="endpoint.model"):
+        opened(server, tmp_path, "long")
+    with_key.delenv(KEY_ENV)
+    opened(server, tmp_path, "ok", "endpoint.max_requests=3")
+
+
+def test_cut_and_empty_critiques_are_flagged(server, tmp_path, with_key):
+    rows, summary = rows_and_summary(server, tmp_path / "cut", "long")
+    assert summary["counters"]["critique_truncated"] == summary["rounds"] == ROUNDS * ROWS
+    assert rows[0]["provenance"]["reviser"] == "base" and "model" not in rows[0]["rounds"][0]["revision"]
+    _, summary = rows_and_summary(server, tmp_path / "empty", "empty")
+    assert summary["counters"]["critique_empty"] == ROUNDS * ROWS
+
+
+def test_an_endpoint_that_fails_is_counted_and_never_papered_over(server, tmp_path, with_key):
+    with pytest.raises(UserError, match="the endpoint gave no text for any row .malformed 4.; mend it and run with"):
+        rows_and_summary(server, tmp_path / "all", "malformed")
+    real, made = endpoint.Client.ask, []
+
+    def sometimes(client, body):
+        made.append(body)
+        return Reply(failure="no_text") if len(made) % 5 == 0 else real(client, body)
+
+    with_key.setattr(endpoint.Client, "ask", sometimes)
+    rows, summary = rows_and_summary(server, tmp_path / "some", "ok")
+    failed = [row["endpoint_failure"] for row in rows if row["flags"]["endpoint_failed"]]
+    assert len(failed) + len(summary["skipped"]) == 1 and set(failed) <= {"no_text"}
+    assert summary["endpoint"]["failures"] == dict(Counter(failed))
+    assert summary["counters"]["endpoint_failed"] == len(failed)
+
+
+def test_a_critique_longer_than_our_context_ends_the_rounds(server, tmp_path, with_key):
+    with_key.setattr(endpoint.Client, "ask", lambda client, body: Reply("word " * 5000))
+    with pytest.raises(UserError, match="no room in sampler.max_length"):
+        rows_and_summary(server, tmp_path, "ok")
+
+
+def test_what_others_wrote_is_quoted(finished, server):
+    asked = server.requests()[0]["body"]["messages"]
+    assert [turn["role"] for turn in asked] == ["user"]
+    assert asked[0]["content"].startswith("Lines that begin with > are quoted") and "\nUser:\n> " in asked[0]["content"]
