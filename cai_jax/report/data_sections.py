@@ -79,7 +79,8 @@ def endpoint(stage: Stage) -> Html | None:
     if done:
         line += (
             f" The last command asked {count(done.get('asked'))} questions, {count(done.get('cached'))} of them"
-            f" answered from disk; it sent {count(done.get('sent'))} requests, {count(done.get('retries'))} of them repeated."
+            f" answered from disk; it sent {count(done.get('sent'))} requests, {count(done.get('retries'))} of them"
+            " repeated."
         )
     return paragraph(line)
 

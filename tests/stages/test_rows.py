@@ -65,6 +65,7 @@ def context(sampler, red_team, max_length=1024, judge=""):
         load_from=lambda *_: model,
         row_seed=lambda *parts: row_seed(0, *parts),
         provenance=lambda stage, model=None: {"stage": stage},
+        endpoint=None,
     )  # fmt: skip
 
 
