@@ -79,6 +79,32 @@ class Sampler:
 
 
 @dataclass(frozen=True)
+class Endpoint:
+    """A model behind an OpenAI-compatible HTTP interface: what is meant where a labeler or a critic is "external".
+
+    Bounds on spending hold for the run folder, over all commands; 0: none. Answers that are on disk cost nothing.
+    """
+
+    base_url: str = ""  # such as http://localhost:8000/v1
+    model: str = ""  # its name there
+    key_env: str = ""  # environment variable that holds the key, such as OPENAI_API_KEY; "": no key is sent
+    limit_field: str = "max_tokens"  # what a request calls its limit; newer OpenAI models: max_completion_tokens
+    requests_at_once: int = 8
+    requests_per_minute: float = 0.0  # 0: as fast as answers come
+    timeout: float = 60.0  # seconds, for a whole answer
+    retries: int = 5  # after 429, 5xx, a timeout or a broken connection, with growing waits
+    max_requests: int = 0  # with those that are repeated
+    max_tokens_total: int = 0  # read and written; a request that may pass it is not sent
+    max_cost: float = 0.0  # in the currency of the prices
+    price_read: float = 0.0  # of a million tokens that the model reads
+    price_written: float = 0.0  # of a million tokens that it writes
+    cache: str = ""  # folder of answers, which runs may share; "": endpoint/answers in the run folder
+    logprobs: int = 5  # likeliest tokens asked for at each place of a verdict; 0: verdicts are read from texts alone
+    samples: int = 1  # verdicts drawn at temperature 1 for each order, where there are no log-probs
+    verdict_tokens: int = 8  # room for a verdict; models that reason before they answer need more
+
+
+@dataclass(frozen=True)
 class Optimizer:
     """AdamW with global-norm clipping and a warmup schedule."""
 
@@ -113,6 +139,8 @@ class CritiqueRevision:
     response: Sampling = Sampling(max_new_tokens=128)
     critique: Sampling = Sampling(max_new_tokens=96)
     revision: Sampling = Sampling(max_new_tokens=128)
+    critic: str = ""  # who writes the critiques; "": the model itself, external: the model at `endpoint`
+    reviser: str = ""  # who writes the revisions, likewise
     rows_per_shard: int = 64
 
 
@@ -317,6 +345,7 @@ class Config:
     sampler: Sampler = Sampler()
     checkpoints: Checkpoints = Checkpoints()
     lora: Lora = Lora()
+    endpoint: Endpoint = Endpoint()
     critique_revision: CritiqueRevision = CritiqueRevision()
     sft: Sft = Sft()
     preferences: Preferences = Preferences()

@@ -1,8 +1,10 @@
 """What the values of a config may be."""
 
 import math
+import re
 from dataclasses import fields, is_dataclass
 from operator import attrgetter
+from urllib.parse import urlsplit
 
 from cai_jax import config as c
 from cai_jax.config import LABELERS, STAGES, Config
@@ -12,6 +14,7 @@ from cai_jax.errors import UserError, did_you_mean
 
 def validate(config: Config) -> None:
     """Raise a UserError that names the first field at fault; nothing is loaded or computed."""
+    _check_secrets(config.endpoint)
     _check_fields(config, prefix="")
     _check_stages(config.stages)
     _check_mesh(config.mesh)
@@ -19,6 +22,7 @@ def validate(config: Config) -> None:
     _check_labelers(config.preferences)
     _check_sampling(config)
     _check_lengths(config)
+    _check_external(config)
     parse_mixer(config.sft.mixer)
     for name in REINFORCED:
         frozen_dtype = getattr(config, name).frozen_dtype
@@ -141,6 +145,36 @@ def _check_lengths(config: Config) -> None:
 
 
 REINFORCED = ("ppo", "grpo")  # sections of the stages that learn from rollouts
+
+
+def _check_secrets(endpoint: c.Endpoint) -> None:
+    """Refuse a key in the place of its variable, or inside the address; what was given is not repeated."""
+    if not re.fullmatch(r"([A-Z_][A-Z0-9_]*)?", str(endpoint.key_env)):
+        raise UserError("endpoint.key_env must be the name of an environment variable in capitals, such as "
+                        "OPENAI_API_KEY, never the key itself")
+    try:
+        url = urlsplit(str(endpoint.base_url))
+        plain = url.scheme in ("http", "https") and url.hostname and not (url.username or url.password)
+        plain = plain and not (url.query or url.fragment) and (url.port is None or url.port > 0)
+    except ValueError:
+        plain = False
+    if endpoint.base_url and not plain:
+        raise UserError("endpoint.base_url must be like https://host:port/v1, without user, password or query")
+
+
+def _check_external(config: Config) -> None:
+    endpoint, settings = config.endpoint, config.critique_revision
+    if endpoint.max_cost and not (endpoint.price_read or endpoint.price_written):
+        raise UserError(f"endpoint.max_cost ({endpoint.max_cost}) needs endpoint.price_read and endpoint.price_written")
+    for who, what in (("critic", "critique"), ("reviser", "revision")):
+        if not getattr(settings, who):
+            continue
+        for name in ("top_k", "min_p", "repetition_penalty"):
+            if getattr(getattr(settings, what), name) != getattr(c.Sampling(), name):
+                raise UserError(f"critique_revision.{what}.{name} must be {getattr(c.Sampling(), name)} (off): not "
+                                f"every endpoint knows it, and critique_revision.{who} is external")
+
+
 _SAMPLINGS = {
     "critique_revision": ("response", "critique", "revision"),
     "sft": ("helpful",),
@@ -168,6 +202,7 @@ _ABOVE_HALF = (lambda value: 0.5 < value <= 1), "above 0.5 and at most 1"
 _NOT_EMPTY = (lambda value: bool(value.strip())), "a text that is not empty"
 _ONE_LINE = (lambda value: bool(value.strip()) and len(value.splitlines()) == 1), "one line of text"
 _AXIS = (lambda value: value == -1 or value >= 1), "at least 1, or -1 for whatever is left"
+_OURS_OR_EXTERNAL = (lambda value: value in ("", "external")), "empty (the model itself) or external"
 _DTYPE = _one_of("float32", "bfloat16")
 _OF_ROLLOUTS = {
     "reward": _one_of("model", "judge", "rule"),
@@ -224,7 +259,25 @@ _RULES = {
         "eps": _POSITIVE,
         "clip_norm": _POSITIVE,
     },
-    c.CritiqueRevision: {"rounds": _at_least(1), "rows_per_shard": _at_least(1)},
+    c.Endpoint: {
+        "limit_field": _one_of("max_tokens", "max_completion_tokens"),
+        "requests_at_once": _at_least(1),
+        "requests_per_minute": _at_least(0),
+        "timeout": _POSITIVE,
+        "retries": _at_least(0),
+        "max_requests": _at_least(0),
+        "max_tokens_total": _at_least(0),
+        "max_cost": _at_least(0),
+        "price_read": _at_least(0),
+        "price_written": _at_least(0),
+        "logprobs": ((lambda value: 0 <= value <= 20), "from 0 to 20"),
+        "samples": _at_least(1),
+        "verdict_tokens": _at_least(1),
+    },
+    c.CritiqueRevision: {
+        "rounds": _at_least(1), "critic": _OURS_OR_EXTERNAL, "reviser": _OURS_OR_EXTERNAL,
+        "rows_per_shard": _at_least(1),
+    },  # fmt: skip
     c.Sft: {
         "epochs": _at_least(1),
         "batch_size": _at_least(1),

@@ -108,7 +108,7 @@ def ended(processes: list[subprocess.Popen], timeout: float = 400) -> list[tuple
 
 
 PIECES = """
-import json, sys
+import json, random, sys, time
 from pathlib import Path
 from cai_jax import distributed
 distributed.start(distributed.place(None, None, None))
@@ -118,6 +118,7 @@ from cai_jax.config import Mesh
 from cai_jax.errors import UserError
 from cai_jax.mesh import make_mesh, on_host, place_rows, shardings
 from cai_jax.provenance import MetricsFile, StageFolder
+from cai_jax.sampler import Generate, Outside
 from cai_jax.training.checkpoint import Checkpoints
 
 run_dir, me = Path(sys.argv[1]), jax.process_index()
@@ -150,6 +151,26 @@ sampler = Sampler(model, max_length=256, rows=4, mesh=mesh)
 chats = [[{"role": "user", "content": f"Count to {i}."}] for i in range(7)]
 samples = sampler.generate(chats, Sampling(max_new_tokens=9), seed=3)
 scores = sampler.score(chats, ["Yes", "No way"])
+counts = dict(vars(sampler.counts))
+
+called = []
+def call(i, text):
+    called.append(i)
+    time.sleep(random.random() / 20)
+    return {"told": f"{i}: {len(text)}"}
+def asks(i):
+    draft = yield Generate(chats[i], Sampling(max_new_tokens=5), i)
+    answer = yield Outside(lambda: call(i, draft.text))
+    return (yield Generate([{"role": "user", "content": answer["told"]}], Sampling(max_new_tokens=5), i)).text
+told = sampler.run(asks(i) for i in range(7))
+assert sorted(called) == (list(range(7)) if me == 0 else [])  # the first calls for all
+def fails():
+    yield Outside(lambda: (_ for _ in ()).throw(UserError("no budget")))
+try:
+    sampler.run([fails(), asks(0)])
+    raise AssertionError("went on")
+except UserError as error:
+    assert str(error) == "no budget"
 
 state = {"w": jax.device_put(np.arange(8.0).reshape(4, 2), jax.sharding.NamedSharding(mesh, jax.P("data")))}
 checkpoints = Checkpoints(stage.path / "checkpoints", every=1)
@@ -160,7 +181,7 @@ checkpoints.close()
 digest = stage.finish({"seconds": 1.0})
 assert stage.done()["hash"] == digest and not (stage.path / "checkpoints").exists()
 distributed.finish()
-print(json.dumps([[s.text for s in samples], [s.logprobs for s in samples], scores, vars(sampler.counts), digest]))
+print(json.dumps([[s.text for s in samples], [s.logprobs for s in samples], scores, counts, told, digest]))
 """
 
 

@@ -476,6 +476,23 @@ def test_hostile_texts_stay_texts(tmp_path, no_plots):
     assert page.count("&amp;lt;b&amp;gt;") > 0  # an escaped text stays escaped once more
 
 
+@pytest.mark.parametrize("stage", ["critique_revision", "preferences"])
+def test_what_an_endpoint_gave_and_took_is_told(tmp_path, no_plots, stage):
+    run = FakeRun(tmp_path).everything()
+    assert "endpoint" not in render(run.folder)[1].words
+    given = {"model": HOSTILE, "base_url": "https://host/v1", "answers": 1234, "tokens_read": 5678, "tokens_written": 9,
+             "cost": 0.125, "failures": {"unparsable": 3}}  # fmt: skip
+    run.edit(f"{stage}/summary.json", lambda content: content.update(endpoint=given))
+    seen = render(run.folder)[1]
+    told = "1,234 answers, 5,678 tokens read and 9 written, at a price of 0.1250. Failures: unparsable 3."
+    assert told in seen.words and "https://host/v1" in seen.words and "script" not in seen.tags
+    assert "The last command asked" not in seen.words
+    done = {"asked": 1300, "cached": 66, "sent": 1240, "retries": 6}
+    run.edit(f"{stage}/timing.json", lambda content: content.update(endpoint=done))
+    words = render(run.folder)[1].words
+    assert "asked 1,300 questions, 66 of them answered from disk; it sent 1,240 requests, 6 of them repeated" in words
+
+
 @pytest.mark.parametrize("present", [[], ["critique_revision"], ["evaluate"], list(STAGES[:4])])
 def test_missing_stages_say_so(tmp_path, no_plots, present):
     run = FakeRun(tmp_path)

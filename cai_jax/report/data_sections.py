@@ -3,7 +3,7 @@
 from collections import Counter, defaultdict
 
 from cai_jax.report import plots, verdicts
-from cai_jax.report.artifacts import Run
+from cai_jax.report.artifacts import Run, Stage
 from cai_jax.report.markup import Html, bar_list, el, facts, paragraph, table
 from cai_jax.report.numbers import count, estimate_cell, known, number, percent
 
@@ -35,6 +35,7 @@ def critique_revision(run: Run, titles: dict[str, str]) -> list:
                 ("of a revision, by round", ", ".join(number(value, 0) for value in revisions) or None),
             ]
         ),
+        endpoint(run.stages["critique_revision"]),
         el(
             "div",
             plots.boxes(
@@ -60,6 +61,28 @@ def critique_revision(run: Run, titles: dict[str, str]) -> list:
         ),
         _verifiable(summary.get("checks") or {}, titles),
     ]
+
+
+def endpoint(stage: Stage) -> Html | None:
+    """What a stage had of the model at the endpoint, and what it took; None for a stage that did not ask it."""
+    given, done = (stage.summary or {}).get("endpoint"), stage.timing.get("endpoint") or {}
+    if not given:
+        return None
+    failures = ", ".join(f"{name} {count(times)}" for name, times in (given.get("failures") or {}).items())
+    line = (
+        f"A model behind an HTTP endpoint took part, {given.get('model')} at {given.get('base_url')}:"
+        f" {count(given.get('answers'))} answers, {count(given.get('tokens_read'))} tokens read and"
+        f" {count(given.get('tokens_written'))} written"
+    )
+    line += f", at a price of {number(given['cost'], 4)}" if given.get("cost") else ""
+    line += f". Failures: {failures or 'none'}."
+    if done:
+        line += (
+            f" The last command asked {count(done.get('asked'))} questions, {count(done.get('cached'))} of them"
+            f" answered from disk; it sent {count(done.get('sent'))} requests, {count(done.get('retries'))} of them"
+            " repeated."
+        )
+    return paragraph(line)
 
 
 def _verifiable(checks: dict[str, dict], titles: dict[str, str]) -> list | None:
@@ -151,6 +174,7 @@ def preferences(run: Run, titles: dict[str, str]) -> list:
                 ("chose the first shown", percent(summary.get("first_position_share"))),
             ]
         ),
+        endpoint(run.stages["preferences"]),
         paragraph(verdicts.judge(summary)),
         _labelers(summary.get("labelers") or {}),
         _agreement(summary.get("agreement") or []),

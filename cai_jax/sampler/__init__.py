@@ -2,7 +2,11 @@
 
 from cai_jax.config import Sampling
 from cai_jax.sampler.best_of import best_of_n, several
-from cai_jax.sampler.engine import Counts, Sampler
-from cai_jax.sampler.requests import Generate, Row, Sample, Score
+from cai_jax.sampler.engine import Sampler
+from cai_jax.sampler.outside import Counts, WithoutModel
+from cai_jax.sampler.requests import Generate, Outside, Row, Sample, Score
 
-__all__ = ["Counts", "Generate", "Row", "Sample", "Sampler", "Sampling", "Score", "best_of_n", "several"]
+__all__ = [
+    "Counts", "Generate", "Outside", "Row", "Sample", "Sampler", "Sampling", "Score", "WithoutModel", "best_of_n",
+    "several",
+]  # fmt: skip

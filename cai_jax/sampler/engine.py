@@ -1,9 +1,10 @@
 """The engine: thousands of row programs moved through the slots of one cache.
 
-A stage describes one row as a generator that yields `Generate` and `Score` requests and goes on with the answers. The
-engine gives each row a slot for its whole life, runs what its requests add to the slot's tokens, decodes all slots
-that write, and hands the slot to the next row as soon as its row ends. A row's text depends on its conversation, its
-settings and its key; batch mates, slot and order change nothing.
+A stage describes one row as a generator that yields `Generate`, `Score` and `Outside` requests and goes on with the
+answers. The engine gives each row a slot for its whole life, runs what its requests add to the slot's tokens, decodes
+all slots that write, and hands the slot to the next row as soon as its row ends. A row's text depends on its
+conversation, its settings and its key; batch mates, slot and order change nothing, nor does the time that calls
+outside take.
 """
 
 import os
@@ -20,23 +21,13 @@ from cai_jax.provenance import row_seed
 from cai_jax.sampler import decode
 from cai_jax.sampler.cache import BLOCK, STRIP, entry_dtype, new_cache
 from cai_jax.sampler.memory import check_cache_fits
-from cai_jax.sampler.requests import Generate, Row, Sample, Score
+from cai_jax.sampler.outside import Calls, Counts
+from cai_jax.sampler.requests import Generate, Outside, Row, Sample, Score
 from cai_jax.sampler.sampling import RowSettings
 from cai_jax.sampler.slots import Run, Slot, Writing, empty_strips
 from cai_jax.sampler.weights import prepare
 
 CANDIDATES = 16  # log-probs asked for at one place, at most
-
-
-@dataclass
-class Counts:
-    """What a sampler has done so far, in tokens and, for `done`, rows."""
-
-    done: int = 0
-    generated: int = 0
-    prefilled: int = 0
-    reused: int = 0  # tokens of requests whose keys were there already
-    steps: int = 0  # slots times decoding steps; generated / steps is the occupancy
 
 
 @dataclass
@@ -73,6 +64,7 @@ class Sampler:
         self._prefix: list[int] = []
         self._stops = () if self.ignore_stops else stop_ids(self.model.tokenizer, config.eos_ids)
         self._slots = [Slot(number) for number in range(self.rows)]
+        self._calls = Calls()
 
     # ---- what users call
 
@@ -122,6 +114,7 @@ class Sampler:
         """
         self._share(prefix)
         waiting = enumerate(rows)
+        self._calls = Calls()  # none of an earlier stream that was left before its end
         for slot in self._slots:
             slot.clear()
         while True:
@@ -134,8 +127,11 @@ class Sampler:
                 yield from self._prefill()
             elif any(slot.writing for slot in self._slots):
                 yield from self._decode()
-            else:
+            elif not self._calls:
                 return
+            busy = any(slot.runs or slot.writing for slot in self._slots)
+            for number, answer in self._calls.ended(wait=not busy):
+                yield from self._answer(self._slots[number], answer)
 
     def fits(self, conversation: Sequence, new_tokens: int, prefix: Sequence = ()) -> bool:
         """Whether a conversation and a completion of `new_tokens` stay inside `max_length`."""
@@ -152,6 +148,8 @@ class Sampler:
             yield slot.index, end.value
             slot.clear()
             return
+        if isinstance(request, Outside):
+            return self._calls.start(slot.number, request.call)
         tokens = self._encode(request.conversation)
         if isinstance(request, Generate):
             self._check_room(slot.index, tokens, request.sampling.max_new_tokens)

@@ -35,7 +35,8 @@ class Score:
 class Outside:
     """Ask for what `call()` returns: work outside of this program, such as a request over HTTP.
 
-    Calls run in threads while other rows go on; their results must not depend on their order.
+    Calls run in threads while other rows go on, so their results must not depend on their order; where several
+    processes run, the first calls for all, and what it returns must be JSON. What a call raises ends the stream.
     """
 
     call: Callable[[], Any]

@@ -1,21 +1,25 @@
 """What a stage is given: the resolved config, checked inputs, models on the mesh, and its folder."""
 
+import contextlib
 import gc
 import importlib
 import time
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
 import jax
 
 import cai_jax
+from cai_jax import distributed
 from cai_jax import mesh as meshes
 from cai_jax.config import Config
 from cai_jax.config_rules import REINFORCED
 from cai_jax.constitution import Constitution, load_constitution
 from cai_jax.conversation_sets import Conversations
+from cai_jax.endpoint import Client, check_endpoint
 from cai_jax.errors import UserError
 from cai_jax.memory import peak_memory, reset_peak_memory
 from cai_jax.metrics_log import MetricsLog
@@ -29,6 +33,7 @@ from cai_jax.sampler import Sampler
 from cai_jax.sampler.cache import cache_bytes, entry_dtype
 from cai_jax.sampler.memory import check_cache_fits, gibibytes
 from cai_jax.stages.inputs import (
+    asks_endpoint,
     check_models,
     check_principles,
     judge_of,
@@ -53,6 +58,8 @@ PROMPT_SETS = {
 STATE_COPIES = {"sft": 3, "reward_model": 3, "ppo": 6, "grpo": 3}
 # Stages that compute nothing with the model that the run starts from: its memory is theirs.
 WITHOUT_BASE = ("reward_model", "ppo", "grpo")
+# Fields of the endpoint that decide what it answers, in the stages that can ask it.
+ENDPOINT_FIELDS = {"critique_revision": ("base_url", "model")}
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "datasets")
 
 
@@ -69,6 +76,7 @@ class Context:
     prompts: dict
     mixed: dict[str, Conversations]  # what SFT mixes in, by source
     base: Model
+    endpoint: Client | None = None  # while a stage runs that asks it
     programs: set = field(default_factory=set)  # static shapes that the samplers of the stage have run
     all_programs: set = field(default_factory=set)  # the same of all stages of this command
 
@@ -200,7 +208,8 @@ class Context:
         reset_peak_memory()
         self.programs.clear()
         self._hold_base(stage not in WITHOUT_BASE)
-        summary = importlib.import_module(f"cai_jax.stages.{stage}").run(self, folder)
+        with self._open_endpoint(stage) as self.endpoint:
+            summary = importlib.import_module(f"cai_jax.stages.{stage}").run(self, folder)
         folder.write_summary(summary)
         seconds = time.monotonic() - clock
         self.all_programs |= self.programs
@@ -212,9 +221,17 @@ class Context:
             "sampler_programs": len(self.programs),
             "sampler_programs_so_far": len(self.all_programs),
         }
+        if self.endpoint:
+            timing["endpoint"] = self.endpoint.report()
         folder.finish(timing)
         gc.collect()
         self.progress.log(f"{stage}: done in {duration(seconds)}")
+
+    def _open_endpoint(self, stage: str):
+        """The client of a stage that asks the endpoint, to be closed at its end; None for others."""
+        if not asks_endpoint(self.config, stage):
+            return contextlib.nullcontext()
+        return Client(self.config.endpoint, self.run_dir / "endpoint")
 
     def _hold_base(self, wanted: bool) -> None:
         """Have the params of the model that the run starts from in memory, or not."""
@@ -250,6 +267,8 @@ class Context:
         fingerprint |= {f"input.prompts.{name}": self.prompts[name].hash for name in PROMPT_SETS[stage]}
         if stage == "sft":
             fingerprint |= {f"input.conversations.{source}": rows.hash for source, rows in self.mixed.items()}
+        if asks_endpoint(self.config, stage):
+            fingerprint |= {f"config.endpoint.{name}": flat[f"endpoint.{name}"] for name in ENDPOINT_FIELDS[stage]}
         for source, override_field in sources(self.config, stage).items():
             if override := override_of(self.config, stage, source):
                 fingerprint[f"input.{override_field}"] = model_hash(override)
@@ -270,6 +289,10 @@ def prepare(name: str, config: Config, run_dir: Path, fresh: bool, progress: Pro
     mesh = meshes.make_mesh(config.mesh)
     check_rows(config, mesh)
     check_models(config, Path(run_dir))
+    for stage in config.stages:
+        asked_by = asks_endpoint(config, stage)
+        if asked_by and (fresh or StageFolder(run_dir, stage).done() is None):
+            distributed.by_first(partial(check_endpoint, config.endpoint, asked_by))
     mixed = read_mixed(config, prompts)
     base = load_model(
         config.model.source, config.model.dtype, "policy", lambda shapes: meshes.shardings(mesh, shapes)

@@ -1,13 +1,19 @@
 """SL-CAI data (Bai et al. 2022, section 3): a response, then rounds of critique and revision.
 
 In each round one principle is drawn for each row; the critique and the revision are of the newest revision. Every
-revision is kept. A prompt whose context holds no round is skipped by name: every row has a revision.
+revision is kept. A prompt whose context holds no round is skipped by name: every row has a revision. Critiques and
+revisions may come from the model at the endpoint.
 """
 
+from functools import partial
+
 from cai_jax import statistics
+from cai_jax.chat import encode_text
 from cai_jax.constitution import explain, satisfies
+from cai_jax.endpoint import question, summary_of
 from cai_jax.errors import UserError
-from cai_jax.prompts import critique_preamble, critique_request, revision_request
+from cai_jax.labelers.external import ask
+from cai_jax.prompts import critique_preamble, critique_request, quoted_request, revision_request
 from cai_jax.sampler import Generate
 from cai_jax.stages.rows import make_rows, mean, messages_of, sample_dict, unfinished, usable_prompts, watch
 
@@ -31,8 +37,14 @@ def run(context, folder) -> dict:
             lambda prompt: _chain(context, sampler, preamble, prompt), preamble, finish=present,
         )  # fmt: skip
     if not rows:
+        if context.endpoint and (failures := context.endpoint.counts.failures):
+            told = ", ".join(f"{name} {times}" for name, times in sorted(failures.items()))
+            raise UserError(f"critique_revision: the endpoint gave no text for any row ({told}); mend it and run with "
+                            "--fresh")
         raise no_room
     reason = f"no room for a round in sampler.max_length={sampler.max_length}"
+    if context.endpoint:
+        reason += ", or no answer of the endpoint"
     roomless = left_out([prompt.id for prompt in prompts], rows, reason)
     return _summary(context, rows, skipped, roomless)
 
@@ -67,14 +79,11 @@ def _fits_a_round(context, sampler, preamble, prompt) -> bool:
 def _chain(context, sampler, preamble, prompt):
     """The row of one prompt: a response, then rounds of critique and revision as far as the context holds them.
 
-    None where it holds not even one.
+    None where it holds not even one, or where the endpoint has failed in the first.
     """
     settings, messages = context.config.critique_revision, messages_of(prompt)
-
-    def ask(conversation, sampling, *what):
-        return Generate(conversation, sampling, context.row_seed(STAGE, prompt.id, *what))
-
-    response = yield ask(messages, settings.response, "response")
+    seed = partial(context.row_seed, STAGE, prompt.id)
+    response = yield Generate(messages, settings.response, seed("response"))
     row = _first(context, prompt, response)
     newest, room = response.text, settings.critique.max_new_tokens + settings.revision.max_new_tokens
     for number in range(1, settings.rounds + 1):
@@ -82,24 +91,53 @@ def _chain(context, sampler, preamble, prompt):
         if not sampler.fits(revision_request(messages, newest, principle, ""), room, preamble):
             row["flags"]["context_full"] = True
             break
-        request = [*preamble, *critique_request(messages, newest, principle)]
-        critique = yield ask(request, settings.critique, number, "critique")
-        request = [*preamble, *revision_request(messages, newest, principle, critique.text)]
-        revision = yield ask(request, settings.revision, number, "revision")
+        if settings.critic:
+            asked = quoted_request(messages, newest, principle)
+            critique = yield from _outside(context, row, asked, settings.critique, seed(number, "critique"))
+        else:
+            request = [*preamble, *critique_request(messages, newest, principle)]
+            critique = sample_dict((yield Generate(request, settings.critique, seed(number, "critique"))))
+        if critique is None:
+            break
+        if settings.reviser:
+            asked = quoted_request(messages, newest, principle, critique["text"])
+            revision = yield from _outside(context, row, asked, settings.revision, seed(number, "revision"))
+        else:
+            request = [*preamble, *revision_request(messages, newest, principle, critique["text"])]
+            if settings.critic and not sampler.fits(request, settings.revision.max_new_tokens):
+                row["flags"]["context_full"] = True  # the endpoint counts its limit in other tokens
+                break
+            revision = sample_dict((yield Generate(request, settings.revision, seed(number, "revision"))))
+        if revision is None:
+            break
         row["rounds"].append({
             "round": number,
             "principle": principle.id,
             "principle_hash": principle.hash,
-            "critique": sample_dict(critique),
-            "revision": sample_dict(revision),
+            "critique": critique,
+            "revision": revision,
             "flags": _round_flags(newest, critique, revision),
         })  # fmt: skip
-        newest = revision.text
+        newest = revision["text"]
     return row if row["rounds"] else None
 
 
+def _outside(context, row, request, sampling, seed):
+    """A text of the model at the endpoint as it stands in rows, its length in tokens of the base model.
+
+    None where there is none; then the row says why.
+    """
+    reply = yield from ask(context.endpoint, question(context.endpoint.settings, request, sampling, seed))
+    if reply.failure:
+        row["flags"]["endpoint_failed"], row["endpoint_failure"] = True, reply.failure
+        return None
+    tokens = len(encode_text(context.base.tokenizer, reply.text))
+    about = {"text": reply.text, "tokens": tokens, "truncated": reply.truncated}
+    return about | {"model": reply.model, "read": reply.read or 0, "written": reply.written or 0}
+
+
 def _first(context, prompt, response) -> dict:
-    return {
+    row = {
         "id": prompt.id,
         "category": prompt.category,
         "messages": messages_of(prompt),
@@ -112,6 +150,12 @@ def _first(context, prompt, response) -> dict:
         },
         "provenance": context.provenance(STAGE),
     }
+    if context.endpoint:
+        row["flags"]["endpoint_failed"], row["endpoint_failure"] = False, ""
+        settings, outside = context.config.critique_revision, context.config.endpoint
+        for who in ("critic", "reviser"):
+            row["provenance"][who] = f"{outside.model} at {outside.base_url}" if getattr(settings, who) else "base"
+    return row
 
 
 def draw_principle(context, stage: str, row_id: str, *rest):
@@ -121,13 +165,14 @@ def draw_principle(context, stage: str, row_id: str, *rest):
 
 
 def _round_flags(newest, critique, revision) -> dict[str, bool]:
+    written, revised = critique["text"].strip(), revision["text"].strip()
     return {
-        "critique_truncated": critique.truncated,
-        "critique_empty": not critique.text.strip(),
-        "revision_truncated": revision.truncated,
-        "revision_empty": not revision.text.strip(),
-        "revision_unchanged": revision.text.strip() == newest.strip(),
-        "revision_copies_critique": bool(critique.text.strip()) and revision.text.strip() == critique.text.strip(),
+        "critique_truncated": critique["truncated"],
+        "critique_empty": not written,
+        "revision_truncated": revision["truncated"],
+        "revision_empty": not revised,
+        "revision_unchanged": revised == newest.strip(),
+        "revision_copies_critique": bool(written) and revised == written,
     }
 
 
@@ -167,7 +212,7 @@ def _summary(context, rows, skipped, roomless) -> dict:
     counters = count_flags(rows) | count_flags(rounds)
     counters["context_full"] += len(roomless)
     by_round = range(1, context.config.critique_revision.rounds + 1)
-    return {
+    return _endpoint_summary(context, rows, rounds) | {
         "rows": len(rows),
         "rounds": len(rounds),
         "skipped": skipped + roomless,
@@ -180,3 +225,14 @@ def _summary(context, rows, skipped, roomless) -> dict:
         "principles": principles,
         "checks": checks(context.constitution.principles, rows),
     }
+
+
+def _endpoint_summary(context, rows, rounds) -> dict:
+    """What the texts in the rows took at the endpoint, and how many rows it cut short, by failure."""
+    if not context.endpoint:
+        return {}
+    texts = [entry[what] for entry in rounds for what in ("critique", "revision") if "model" in entry[what]]
+    return {"endpoint": summary_of(
+        context.config.endpoint, [text["read"] for text in texts], [text["written"] for text in texts],
+        [row["endpoint_failure"] for row in rows],
+    )}  # fmt: skip

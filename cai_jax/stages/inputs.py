@@ -8,6 +8,7 @@ from cai_jax.config import Config
 from cai_jax.config_rules import REINFORCED
 from cai_jax.constitution import Constitution, load_constitution
 from cai_jax.conversation_sets import OWN, Conversations, load_conversations, parse_mixer
+from cai_jax.endpoint import EXTERNAL
 from cai_jax.errors import UserError
 from cai_jax.models.pretrained import ModelInfo, check_model, written_ids
 from cai_jax.prompt_sets import PromptRows, check_disjoint, load_prompts, with_unique_ids
@@ -24,6 +25,8 @@ INPUTS = {
     "grpo": {"sft": "policy", "reward_model": "reward_model"},
     "evaluate": {"sft": "sft", "reward_model": "reward_model", "ppo": "rl"},
 }
+# Config fields of a stage that can name the model at the endpoint.
+ASKS = {"critique_revision": ("critic", "reviser")}
 COMPARES_WHAT_THERE_IS = ("evaluate",)
 # Of the models that stages leave.
 _KINDS = {"sft": "policy", "reward_model": "reward", "ppo": "policy", "grpo": "policy"}
@@ -48,6 +51,12 @@ def judge_of(config: Config, stage: str) -> str:
     if stage == "preferences" or (stage in REINFORCED and getattr(config, stage).reward == "judge"):
         return getattr(config, stage).judge
     return ""
+
+
+def asks_endpoint(config: Config, stage: str) -> str:
+    """The config field by which a stage asks the model at the endpoint; "": it does not."""
+    section = getattr(config, stage)
+    return next((f"{stage}.{name}" for name in ASKS.get(stage, ()) if EXTERNAL in getattr(section, name)), "")
 
 
 def override_of(config: Config, stage: str, source: str) -> str:

@@ -66,6 +66,7 @@ def context(sampler, red_team, max_length=1024, judge=""):
         row_seed=lambda *parts: row_seed(0, *parts),
         provenance=lambda stage, model=None: {"stage": stage},
         folder=lambda stage: StageFolder("nowhere", stage),
+        endpoint=None,
     )  # fmt: skip
 
 
