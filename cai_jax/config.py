@@ -142,7 +142,7 @@ class Preferences:
 
 @dataclass(frozen=True)
 class RewardModel:
-    """Bradley-Terry with soft targets on a backbone with a scalar head."""
+    """Bradley-Terry with soft targets on a backbone with a scalar head, or with an ensemble of them."""
 
     start: str = ""  # backbone; "": the SL-CAI model of this run
     epochs: int = 1
@@ -150,6 +150,8 @@ class RewardModel:
     microbatches: int = 1
     max_length: int = 512  # of a pair: the prompt and both responses, tokens
     held_out: float = 0.2  # share of prompts kept for the evaluation of the model
+    heads: int = 1  # each with its own start and its own sample of the pairs; the mean is the score
+    margin: float = 0.0  # scores are to lie this many of the label's log-odds further apart than the label says
     center: float = 0.0  # weight of (r_chosen + r_rejected)^2
     optimizer: Optimizer = Optimizer(learning_rate=1e-5)
     checkpoint_every: int = 50
@@ -177,6 +179,7 @@ class Ppo:
     value_coef: float = 0.1
     whiten_advantages: bool = True
     missing_eos_penalty: float = 1.0  # taken off the score of a row that did not end
+    uncertainty_penalty: float = 0.0  # deviations of the reward model's heads that are taken off a score
     frozen_dtype: str = ""  # of reference and reward model: "" (as model.dtype), bfloat16 or int8; not with adapters
     optimizer: Optimizer = Optimizer(learning_rate=1e-6, schedule="linear", eps=1e-5)
     checkpoint_every: int = 10  # updates

@@ -1,5 +1,6 @@
 """The programs of each stage, with what the stage holds in memory while they run."""
 
+from dataclasses import replace
 from math import ceil
 
 import jax
@@ -70,7 +71,8 @@ def _preferences(run: Run) -> list[Program]:
 
 
 def _reward_model(run: Run) -> list[Program]:
-    settings, model = run.config.reward_model, run.models["reward_model.start"]
+    settings = run.config.reward_model
+    model = replace(run.models["reward_model.start"], score_heads=settings.heads)
     start = run.params(model, "reward")
     pairs = run.workload.rows("red_team", "helpful") * run.config.preferences.pairs_per_prompt
     held_out = ceil(settings.held_out * pairs)
@@ -80,6 +82,7 @@ def _reward_model(run: Run) -> list[Program]:
         "last": int32(settings.batch_size, 2),
         "probability": float32(settings.batch_size),
         "real": int32(settings.batch_size),
+        **({"head_weights": float32(settings.batch_size, settings.heads)} if settings.heads > 1 else {}),
     })  # fmt: skip
     steps = settings.epochs * ceil((pairs - held_out) / settings.batch_size)
     objective = reward_model.objective(run.config, model)
@@ -103,7 +106,7 @@ def _ppo(run: Run) -> list[Program]:
         "mask": int32(rows, answer),
         **{name: float32(rows, answer) for name in ("old_logprobs", "advantages", "returns", "old_values")},
     })  # fmt: skip
-    params = {"policy": run.params(policy, "policy"), "value": run.params(value, "reward")}
+    params = {"policy": run.params(policy, "policy"), "value": run.params(replace(value, score_heads=1), "reward")}
     train = _training(
         run, "ppo", ppo.objective(run.config, policy, value, bias=0.0), params, settings,
         updates * settings.epochs * settings.minibatches, batch, size(reference, reward),

@@ -18,7 +18,7 @@ from cai_jax.chat import encode_chat
 from cai_jax.errors import UserError
 from cai_jax.mesh import on_host
 from cai_jax.models.flops import forward_flops, training_flops
-from cai_jax.models.heads import last_real, values
+from cai_jax.models.heads import cautious, head_values, last_real, with_one_head
 from cai_jax.models.lora import trainable
 from cai_jax.models.pretrained import Model
 from cai_jax.objectives import ppo
@@ -87,7 +87,8 @@ def _starting_params(context, frozen: Frozen) -> dict:
         policy = context.load_from("sft", settings.policy)
         value = context.load_from("reward_model", settings.reward_model, "reward")
     return {
-        "policy": context.adapted(policy.params, "ppo policy"), "value": context.adapted(value.params, "ppo value"),
+        "policy": context.adapted(policy.params, "ppo policy"),
+        "value": context.adapted(with_one_head(value.params), "ppo value"),
     }  # fmt: skip
 
 
@@ -206,6 +207,7 @@ def score_rollouts(context, frozen: Frozen, value_params, rollouts, bias: float)
         )  # fmt: skip
         parts.append([on_host(x) for x in scored])
     ref_logprobs, raw_values, raw_scores = (np.concatenate(column) for column in zip(*parts, strict=True))
+    uncertainty, raw_scores = raw_scores.std(axis=-1), cautious(raw_scores, settings.uncertainty_penalty)
     old_values = raw_values - np.float32(bias)
     scores = raw_scores - bias - settings.missing_eos_penalty * rollouts["truncated"].astype(np.float32)
     batch, report = jax.device_get(
@@ -215,18 +217,20 @@ def score_rollouts(context, frozen: Frozen, value_params, rollouts, bias: float)
         )
     )  # fmt: skip
     report |= {"score": np.mean(raw_scores - bias), "truncated_share": np.mean(rollouts["truncated"])}
+    report["uncertainty"] = np.mean(uncertainty)
     same = {name: rollouts[name] for name in ("tokens", "positions", "mask", "old_logprobs")}
     return same | batch | {"old_values": old_values}, report
 
 
 @partial(jax.jit, static_argnames=("config", "reward_config", "dtype", "attention"))
 def _score(config, reward_config, reference, value, reward, part, temperature, dtype, attention):
-    """Reference log-probs and values of the completion tokens `[B, N]`, raw reward scores `[B]`."""
+    """Reference log-probs and values of the completion tokens `[B, N]`, raw scores by every head `[B, K]`."""
     arrays = part["tokens"], part["positions"], part["mask"]
     ref_logprobs_BN, _ = completion_logprobs(config, reference, *arrays, temperature, dtype, attention=attention)
     values_BN = completion_values(reward_config, value, *arrays, dtype, attention=attention)
-    scores_BT = values(reward_config, reward, part["tokens"], part["positions"], attention=attention, dtype=dtype)
-    return ref_logprobs_BN, values_BN, last_real(scores_BT, part["positions"])
+    arrays = part["tokens"], part["positions"]
+    scores_BTK = head_values(reward_config, reward, *arrays, attention=attention, dtype=dtype)
+    return ref_logprobs_BN, values_BN, last_real(scores_BTK, part["positions"])
 
 
 def lower_score(config, policy, scorer, reference, value, reward, part):
