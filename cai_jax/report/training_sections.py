@@ -74,7 +74,7 @@ def reward_model(run: Run, titles: dict[str, str]) -> list:
                 ("heads; their mean is the score", count(summary.get("heads"))),
             ]
         ),
-        el("p", verdicts.reward_model(held_out) or "Held-out accuracy: not measured.", class_="verdict"),
+        el("p", verdicts.reward_model(held_out) or "Beside simple rules: not measured.", class_="verdict"),
         _held_out_table(held_out) if held_out else None,
         paragraph(verdicts.calibration(held_out), " ", verdicts.uncertainty(held_out)) if held_out else None,
         _accuracy_by("principle", held_out.get("principles"), titles),

@@ -117,7 +117,7 @@ def uncertainty(held_out: dict) -> str:
     area = held_out.get("uncertainty_auroc")
     said = f"The heads deviate by {number(held_out['uncertainty'])} in the gap of a pair, on average."
     if part(area) is None:
-        return f"{said} Whether they deviate more where the model is wrong cannot be told: all pairs are right, or all wrong."
+        return f"{said} All pairs are right, or all wrong: whether they deviate more where it errs cannot be told."
     said = f"{said} AUROC of the deviation for wrong pairs: {estimate(area)}."
     if (part(area, "low") or 0) > 0.5:
         return f"{said} So it tells where the model errs."

@@ -13,6 +13,7 @@ from cai_jax.models.flops import training_flops
 from cai_jax.objectives import pairwise
 from cai_jax.objectives.model_losses import reward_objective
 from cai_jax.provenance import content_hash
+from cai_jax.report import verdicts
 from cai_jax.stages.held_out import held_out_metrics
 from cai_jax.stages.preferences import TIE
 from cai_jax.stages.scoring import score_heads
@@ -42,6 +43,9 @@ def run(context, folder) -> dict:
     scores = _scores(context, model, params, held_out)
     for pair, pair_scores in zip(held_out, scores, strict=True):
         pair["scores"] = pair_scores
+    measured = held_out_metrics(held_out, context.config.seed)
+    verdict = verdicts.reward_model(measured) or "Every held-out pair is a tie: nothing is known of the reward model."
+    context.progress.log(f"reward_model: {verdict}")
     return {
         "train_pairs": len(train),
         "steps": len(metrics),
@@ -52,7 +56,8 @@ def run(context, folder) -> dict:
         "score_std": float(np.std(scores.mean(axis=-1))),
         "counters": counters,
         "skipped": skipped,
-        "held_out": held_out_metrics(held_out, context.config.seed),
+        "held_out": measured,
+        "verdict": verdict,
     }
 
 
