@@ -8,6 +8,7 @@ _HOMES = {
     "load_adapter": "cai_jax.models.adapters",
     "forward": "cai_jax.models.transformer",
     "reward": "cai_jax.models.heads",
+    "reward_heads": "cai_jax.models.heads",
     "load_constitution": "cai_jax.constitution",
     "Sampler": "cai_jax.sampler",
     "Sampling": "cai_jax.config",

@@ -223,7 +223,7 @@ class Preferences:
 
 @dataclass(frozen=True)
 class RewardModel:
-    """Bradley-Terry with soft targets on a backbone with a scalar head."""
+    """Bradley-Terry with soft targets on a backbone with a scalar head, or with an ensemble of them."""
 
     start: str = ""  # backbone; "": the SL-CAI model of this run
     epochs: int = 1
@@ -231,6 +231,8 @@ class RewardModel:
     microbatches: int = 1
     max_length: int = 512  # of a pair: the prompt and both responses, tokens
     held_out: float = 0.2  # share of prompts kept for the evaluation of the model
+    heads: int = 1  # each with its own start and its own sample of the pairs; the mean is the score
+    margin: float = 0.0  # scores are to lie this many of the label's log-odds further apart than the label says
     center: float = 0.0  # weight of (r_chosen + r_rejected)^2
     optimizer: Optimizer = Optimizer(learning_rate=1e-5)
     checkpoint_every: int = 50
@@ -268,6 +270,7 @@ class Ppo:
     value_coef: float = 0.1
     whiten_advantages: bool = True
     missing_eos_penalty: float = 1.0  # taken off the score of a row that did not end
+    uncertainty_penalty: float = 0.0  # deviations of the reward model's heads that are taken off a score
     frozen_dtype: str = ""  # of reference and reward model: "" (as model.dtype), bfloat16 or int8; not with adapters
     optimizer: Optimizer = Optimizer(learning_rate=1e-6, schedule="linear", eps=1e-5)
     checkpoint_every: int = 10  # updates
@@ -296,6 +299,7 @@ class Grpo:
     scale_advantages: bool = True  # by the deviation of their group; false: Dr. GRPO (Liu et al. 2025)
     length_norm: str = "response"  # the loss of a response over its tokens, or over the limit of tokens: Dr. GRPO
     missing_eos_penalty: float = 1.0  # taken off the score of a row that did not end
+    uncertainty_penalty: float = 0.0  # deviations of the reward model's heads that are taken off a score
     frozen_dtype: str = ""  # of reference and reward model: "" (as model.dtype), bfloat16 or int8; not with adapters
     optimizer: Optimizer = Optimizer(learning_rate=1e-6, schedule="constant", eps=1e-5)
     checkpoint_every: int = 10  # updates

@@ -217,6 +217,7 @@ _OF_ROLLOUTS = {
     "kl_coef": _at_least(0),
     "clip": _POSITIVE,
     "missing_eos_penalty": _at_least(0),
+    "uncertainty_penalty": _at_least(0),
     "frozen_dtype": ((lambda value: value in ("", "bfloat16", "int8")), "empty (as model.dtype), bfloat16 or int8"),
     "checkpoint_every": _at_least(1),
 }
@@ -303,6 +304,8 @@ _RULES = {
         "microbatches": _at_least(1),
         "max_length": _at_least(2),
         "held_out": _BETWEEN_0_AND_1,
+        "heads": _at_least(1),
+        "margin": _at_least(0),
         "center": _at_least(0),
         "checkpoint_every": _at_least(1),
     },

@@ -36,6 +36,38 @@ def mean_interval(values) -> dict:
     return _interval(mean, mean - half, mean + half, n)
 
 
+def paired_gain(gains, groups, seed: int = 0, resamples: int = 2000) -> dict:
+    """Mean of paired differences with a bootstrap interval over groups, and the p value of a sign test over them.
+
+    Differences of one group (the pairs of a prompt) are drawn together, for they are no independent evidence. The
+    percentile interval of few groups is too narrow, and has no width where they all agree; the exact two-sided sign
+    test of the groups' sums is sound for any number, so `wins` wants both.
+
+    Args:
+      gains: differences, one a case: 1 where ours alone is right, -1 where the other's is, 0 where they agree.
+      groups: the group of each case.
+
+    Returns:
+      {"value", "low", "high", "n", "p_value"}, None without data. The same seed draws the same samples.
+    """
+    gains, groups = np.asarray(gains, np.float64), np.asarray(groups)
+    if len(gains) == 0:
+        return _interval(None, None, None, 0) | {"p_value": None}
+    names, which = np.unique(groups, return_inverse=True)
+    sums, sizes = np.bincount(which, gains), np.bincount(which)
+    drawn = np.random.default_rng(seed).integers(len(names), size=(resamples, len(names)))
+    means = sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    more, decided = int((sums > 0).sum()), int((sums != 0).sum())
+    tail = sum(math.comb(decided, k) for k in range(min(more, decided - more) + 1)) / 2**decided
+    return _interval(float(gains.mean()), float(low), float(high), len(gains)) | {"p_value": min(1.0, 2 * tail)}
+
+
+def wins(gain: dict) -> bool:
+    """Whether a `paired_gain` is shown to be above 0: by its interval and by the sign test, each at 5%."""
+    return gain["low"] is not None and gain["low"] > 0 and gain["p_value"] < 0.05
+
+
 def auroc(scores_positive, scores_negative) -> dict:
     """Chance that a positive scores above a negative, ties counting half; n is the number of scores.
 

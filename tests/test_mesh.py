@@ -85,6 +85,7 @@ shapes, microbatches, attention = json.loads(sys.argv[1])
 rng = np.random.default_rng(0)
 B, T, P, N = 16, 24, 10, 14
 policy, reward = load_model("random:llama"), load_model("random:llama", kind="reward", seed=1)
+ensemble = load_model("random:llama", kind="reward", seed=1, heads=3)
 tokens = rng.integers(3, 250, (B, T)).astype(np.int32)
 noise = rng.standard_normal((6, B, N)).astype(np.float32)
 lengths = rng.integers(2, N, B)
@@ -101,6 +102,9 @@ work = {
     "sft": (losses.sft_objective(policy.config, attention=attention), {"p": policy.params}, packed),
     "pairwise": (losses.reward_objective(reward.config), {"p": reward.params},
                  {**pairs, "probability": rng.random(B).astype(np.float32), "real": real}),
+    "ensemble": (losses.reward_objective(ensemble.config, margin=0.5), {"p": ensemble.params},
+                 {**pairs, "probability": rng.random(B).astype(np.float32), "real": real,
+                  "head_weights": rng.poisson(1, (B, 3)).astype(np.float32)}),
     "dpo": (losses.dpo_objective(policy.config, beta=0.1), {"p": policy.params},
             {**pairs, "ref_logprobs": -20 * rng.random((B, 2)).astype(np.float32), "real": real}),
     "ppo": (losses.ppo_objective(policy.config, reward.config, temperature=0.7, clip=0.2, value_clip=0.2,

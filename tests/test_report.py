@@ -253,6 +253,7 @@ class FakeRun:
                 "last_loss": 0.68,
                 "score_mean": 0.0,
                 "score_std": 0.6,
+                "heads": 3,
                 "held_out": {
                     "n": 20,
                     "ties": 3,
@@ -261,6 +262,14 @@ class FakeRun:
                     "length_correlation": -0.41,
                     "shorter_wins_accuracy": interval(0.6, 20),
                     "longer_wins_accuracy": interval(0.4, 20),
+                    "refusal_wins_accuracy": interval(0.25, 4),
+                    "best_rule": {"rule": "shorter_wins", "accuracy": 0.6},
+                    "gain_over_best_rule": interval(accuracy - 0.6, 17, 0.2) | {"p_value": 0.4},
+                    "beats_best_rule": False,
+                    "principles": {"honesty-0": interval(0.75, 12), "weapons-1": interval(0.4, 5)},
+                    "categories": {"privacy": interval(0.5, 10), "": interval(0.6, 7)},
+                    "uncertainty": 0.31,
+                    "uncertainty_auroc": interval(0.7, 17),
                     "calibration_bins": bins,
                 },
             },
@@ -602,16 +611,34 @@ def test_no_run_folder_is_the_users_mistake(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("accuracy", "low", "said"),
-    [(0.60, 0.5, "does not beat"), (0.70, 0.55, "does not show"), (0.80, 0.65, "beats the simple rule")],
+    ("accuracy", "beats", "said"),
+    [(0.60, False, "does not beat"), (0.70, False, "is not shown to beat"), (0.80, True, "beats the simple rule")],
 )
-def test_reward_model_is_held_to_the_best_simple_rule(accuracy, low, said):
+def test_reward_model_is_held_to_the_best_simple_rule(accuracy, beats, said):
     held_out = {
-        "accuracy": {"value": accuracy, "low": low, "high": 0.95, "n": 40},
-        "shorter_wins_accuracy": {"value": 0.6},
-        "longer_wins_accuracy": {"value": 0.4},
+        "accuracy": {"value": accuracy, "low": 0.5, "high": 0.95, "n": 40},
+        "best_rule": {"rule": "refusal_wins", "accuracy": 0.6},
+        "gain_over_best_rule": interval(accuracy - 0.6, 40, 0.15) | {"p_value": 0.2},
+        "beats_best_rule": beats,
     }
-    assert said in verdicts.reward_model(held_out)
+    verdict = verdicts.reward_model(held_out)
+    assert said in verdict and "“the response that refuses wins”) in 60%" in verdict and "p = 0.200" in verdict
+    assert verdicts.reward_model({"accuracy": UNKNOWN, "best_rule": {"rule": "coin", "accuracy": None}}) == ""
+
+
+def test_the_reward_section_shows_accuracy_by_principle_and_category_and_what_the_heads_know(tmp_path, no_plots):
+    run = FakeRun(tmp_path).everything()
+    _, seen = render(run.folder)
+    assert "Held-out accuracy by principle" in seen.words and "honesty-0 75%" in seen.words
+    assert "Held-out accuracy by category" in seen.words and "(none) 60%" in seen.words
+    assert "rule: the response that refuses wins 25%" in seen.words
+    assert "AUROC of the deviation for wrong pairs: 0.70" in seen.words
+    run.edit("reward_model/summary.json", lambda summary: summary["held_out"].update(uncertainty=None))
+    assert "AUROC of the deviation" not in render(run.folder)[1].words, "one head is never of two minds"
+    run.edit("reward_model/summary.json", lambda summary: summary["held_out"].update(uncertainty=0.2))
+    area = {"uncertainty_auroc": {"value": 0.6, "low": 0.45, "high": 0.7, "n": 17}}
+    run.edit("reward_model/summary.json", lambda summary: summary["held_out"].update(area))
+    assert "not shown to tell where the model errs" in render(run.folder)[1].words
 
 
 def test_models_above_a_billion_are_not_called_weak(tmp_path, no_plots):

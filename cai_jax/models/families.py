@@ -64,6 +64,7 @@ class ModelConfig:
     bos_id: int | None
     eos_ids: tuple[int, ...]
     pad_id: int | None
+    score_heads: int = 1  # of a reward model
 
 
 @dataclass(frozen=True)
@@ -302,7 +303,7 @@ def leaf_shapes(config: ModelConfig, kind: str) -> dict[str, tuple[int, ...]]:
     }  # fmt: skip
     shapes = {
         "embed": (config.vocab_size, d_model), "final_norm": (d_model,),
-        "lm_head": (d_model, config.vocab_size), "score": (d_model, 1),
+        "lm_head": (d_model, config.vocab_size), "score": (d_model, config.score_heads),
         "layers/q_norm": (depth, config.head_dim), "layers/k_norm": (depth, config.head_dim),
     }  # fmt: skip
     for leaf, (inputs, outputs) in inputs_outputs.items():

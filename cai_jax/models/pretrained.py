@@ -29,6 +29,7 @@ _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "chat_template.jinja",
 )  # fmt: skip
+_ENSEMBLE = "regression"  # transformers' problem_type of a head whose outputs are numbers, not classes
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +56,7 @@ class ModelInfo:
     kind: str  # what it is loaded as: policy | reward
 
 
-def load_model(source, dtype="float32", kind=None, shardings=None, new_head=False, seed=0) -> Model:
+def load_model(source, dtype="float32", kind=None, shardings=None, new_head=False, seed=0, heads=1) -> Model:
     """Load a model.
 
     Args:
@@ -67,10 +68,11 @@ def load_model(source, dtype="float32", kind=None, shardings=None, new_head=Fals
             everything on the first device.
         new_head: with kind reward, start a score head (normal, deviation 1/sqrt(D+1): Stiennon et al. 2020,
             arXiv 2009.01325) drawn from `seed` where the folder has none.
+        heads: how many score heads a new head is, each drawn apart; a folder that has its own must have as many.
 
     Raises UserError naming what is wrong: folder, file, tensor, architecture.
     """
-    info = check_model(source, kind, new_head)
+    info = check_model(source, kind, new_head, heads)
     if info.folder is None:
         return _random_model(info, dtype, shardings, seed)
     checkpoint = Checkpoint(info.folder)
@@ -84,11 +86,11 @@ def load_model(source, dtype="float32", kind=None, shardings=None, new_head=Fals
             leaves[leaf] = _in_place(partial(checkpoint.read, names[leaf], shapes[leaf]), dtype, target)
     if info.kind != stored:
         leaves["score"] = _in_place(partial(_put, fresh_head(info.config, seed)), dtype, targets["score"])
-        digest = hashlib.sha256(f"{digest} score head {seed}".encode()).hexdigest()
+        digest = hashlib.sha256(f"{digest} score head {seed}{f' of {heads}' * (heads > 1)}".encode()).hexdigest()
     return Model(info.config, families.nest(leaves), info.tokenizer, info.hf_config, info.kind, digest)
 
 
-def check_model(source, kind=None, new_head=False) -> ModelInfo:
+def check_model(source, kind=None, new_head=False, heads=1) -> ModelInfo:
     """Config, tokenizer and kind of a model, with every check that `load_model` makes and no weights loaded.
 
     Arguments and errors are those of `load_model`.
@@ -96,7 +98,7 @@ def check_model(source, kind=None, new_head=False) -> ModelInfo:
     source = str(source)
     if source.startswith("random:"):
         hf_config = families.tiny_hf_config(source.removeprefix("random:"), VOCAB_SIZE)
-        config = config_from_hf(hf_config, source)
+        config = replace(config_from_hf(hf_config, source), score_heads=heads)
         return ModelInfo(source, None, config, byte_tokenizer(), hf_config, kind or "policy")
     folder = _resolve(source)
     hf_config = read_json(folder / "config.json")
@@ -108,10 +110,15 @@ def check_model(source, kind=None, new_head=False) -> ModelInfo:
         raise UserError(f"{folder}: holds a reward model, not a policy: name a language model here")
     if (stored, kind) == ("policy", "reward") and not new_head:
         raise UserError(f"{folder}: holds no score head: name a reward model here, or train one from it first")
+    config = replace(config, score_heads=_score_heads(folder, checkpoint, hf_config) if stored == "reward" else 1)
+    if new_head and stored == "reward" and config.score_heads != heads:
+        raise UserError(f"{folder}: a reward model with {config.score_heads} score head(s), not the {heads} asked for: "
+                        "ask for as many, or start from a language model")
     checkpoint.check(families.tensor_names(config, stored), families.leaf_shapes(config, stored), config)
     tokenizer = _load_tokenizer(folder)
     if tokenizer is not None:
         _check_ids(folder, tokenizer, config.vocab_size)
+    config = config if kind == stored else replace(config, score_heads=heads)
     return ModelInfo(source, folder, config, tokenizer, hf_config, kind)
 
 
@@ -155,6 +162,15 @@ def _stored_kind(checkpoint: Checkpoint, hf_config: dict) -> str:
     return "reward" if checkpoint.has_score(hf_config) else "policy"
 
 
+def _score_heads(folder: Path, checkpoint: Checkpoint, hf_config: dict) -> int:
+    """Heads of a stored reward model. Several are an ensemble of scores where the config says so, else classes."""
+    heads = checkpoint.tensors["score.weight"][2][0] if "score.weight" in checkpoint.tensors else 1
+    if heads > 1 and hf_config.get("problem_type") != _ENSEMBLE:
+        raise UserError(f"{folder}: its head has {heads} outputs, and config.json does not call them scores of an "
+                        f"ensemble ('problem_type': '{_ENSEMBLE}'): name a reward model, not a classifier")
+    return heads
+
+
 def _random_model(info: ModelInfo, dtype, shardings, seed: int) -> Model:
     config, kind, hf_config = info.config, info.kind, info.hf_config
     targets = _targets(config, kind, dtype, shardings)
@@ -167,9 +183,10 @@ def _random_model(info: ModelInfo, dtype, shardings, seed: int) -> Model:
 
 
 def fresh_head(config: ModelConfig, seed: int) -> np.ndarray:
-    """A score head to start from, `[D, 1]` float32: normal with deviation 1/sqrt(D+1) (Stiennon et al. 2020)."""
-    rng = np.random.default_rng([seed, config.d_model])
-    return rng.standard_normal((config.d_model, 1), np.float32) / math.sqrt(config.d_model + 1)
+    """Score heads to start from, `[D, K]` float32: normal with deviation 1/sqrt(D+1) (Stiennon et al. 2020)."""
+    keys = [[seed, config.d_model], *([seed, config.d_model, head] for head in range(1, config.score_heads))]
+    columns = [np.random.default_rng(key).standard_normal((config.d_model, 1), np.float32) for key in keys]
+    return np.concatenate(columns, axis=1) / math.sqrt(config.d_model + 1)
 
 
 def _in_place(read, dtype, target):
@@ -303,7 +320,11 @@ def _write_configs(folder: Path, config, params, tokenizer, hf_config, kind):
     if kind == "reward":
         pad_id = reward_pad_id(config, tokenizer)
         written |= {"architectures": [family.reward_class], "pad_token_id": pad_id}
-        written |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+        labels = [f"LABEL_{head}" for head in range(config.score_heads)]
+        written |= {"id2label": {str(n): label for n, label in enumerate(labels)},
+                    "label2id": {label: n for n, label in enumerate(labels)}}  # fmt: skip
+        if config.score_heads > 1:
+            written["problem_type"] = _ENSEMBLE
         if tokenizer is not None and pad_id is not None:
             tokenizer = copy.deepcopy(tokenizer)
             tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad_id)

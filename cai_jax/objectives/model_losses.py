@@ -9,7 +9,7 @@ from functools import partial
 import jax.numpy as jnp
 
 from cai_jax.models.families import ModelConfig
-from cai_jax.models.heads import scalar_head, values
+from cai_jax.models.heads import head_values, scalar_heads
 from cai_jax.models.kernels import cast
 from cai_jax.models.transformer import hidden_states, unembed
 
@@ -39,29 +39,38 @@ def sft_objective(config: ModelConfig, compute_dtype="float32", remat="none", at
 
 
 def reward_objective(
-    config: ModelConfig, compute_dtype="float32", remat="none", center=0.0, tie=0.0, attention="auto"
+    config: ModelConfig, compute_dtype="float32", remat="none", center=0.0, tie=0.0, attention="auto", margin=0.0
 ):
-    """Bradley-Terry with soft targets on pairs.
+    """Bradley-Terry with soft targets on pairs; each head learns by itself, the loss is the mean over heads.
 
     Batch: pairs as rows of `batches.pair_rows`, each a prompt and its two responses: `tokens`, `positions`,
     `segments` `[B, T]`, `last` `[B, 2]`; `probability` `[B]` that the first is better, `real` `[B]` (0 for an empty
-    row). The weight is the number of pairs. Labels nearer than `tie` to 1/2 say nothing about right and wrong:
-    `decided_share` are the others, and `accuracy` is the share of pairs that are decided and agreed with.
+    row), and with several heads `head_weights` `[B, K]`, what a pair counts for each of them. `margin` is the scale of
+    `pairwise.label_margin`. The weight is the number of pairs. Metrics are of the mean of the heads. Labels nearer than
+    `tie` to 1/2 say nothing about right and wrong: `decided_share` are the others, and `accuracy` is the share of pairs
+    that are decided and agreed with.
     """
 
     def objective(params, batch):
-        values_BT = values(
+        values_BTK = head_values(
             config, params, batch["tokens"], batch["positions"], batch["segments"], remat, attention, compute_dtype
         )
-        first_B, second_B = jnp.take_along_axis(values_BT, batch["last"], axis=1).T
-        terms_B = pairwise.bradley_terry_terms(first_B, second_B, batch["probability"], center=center)
+        scores_B2K = jnp.take_along_axis(values_BTK, batch["last"][..., None], axis=1)
+        probability_B1 = batch["probability"][:, None]
+        wanted_B1 = pairwise.label_margin(probability_B1, margin)
+        terms_BK = pairwise.bradley_terry_terms(
+            scores_B2K[:, 0], scores_B2K[:, 1], probability_B1, wanted_B1, center
+        )
+        if config.score_heads > 1:
+            terms_BK = terms_BK * batch["head_weights"]
+        terms_B, (first_B, second_B) = terms_BK.mean(axis=1), scores_B2K.mean(axis=2).T
         agrees_B = (first_B > second_B) == (batch["probability"] > 0.5)
         loss, count = masked_sum(terms_B, batch["real"])
         is_decided_B = jnp.abs(batch["probability"] - 0.5) >= tie
         decided, _ = masked_sum(is_decided_B.astype(jnp.float32), batch["real"])
         accuracy, _ = masked_sum((agrees_B & is_decided_B).astype(jnp.float32), batch["real"])
-        margin, _ = masked_sum(jnp.abs(first_B - second_B), batch["real"])
-        return loss, count, {"accuracy": accuracy, "decided_share": decided, "margin": margin}
+        apart, _ = masked_sum(jnp.abs(first_B - second_B), batch["real"])
+        return loss, count, {"accuracy": accuracy, "decided_share": decided, "margin": apart}
 
     return objective
 
@@ -99,7 +108,7 @@ def ppo_objective(
             head = _head(config, params["policy"], compute_dtype)
             targets_BN = batch["tokens"][:, -mask.shape[1] :]
             logprobs_BN, entropy_BN = token_logprobs(hidden_BND, head, targets_BN, temperature=temperature)
-            values_BN = scalar_head(params["policy"], hidden_BND, compute_dtype)
+            values_BN = scalar_heads(params["policy"], hidden_BND, compute_dtype)[..., 0]
         else:
             logprobs_BN, entropy_BN = completion_logprobs(config, params["policy"], *arrays, temperature, *forms)
             values_BN = completion_values(value_config, params["value"], *arrays, *forms)
@@ -213,7 +222,7 @@ def completion_values(
 ):
     """Value `[B, N]` of the state before each of the last N tokens."""
     hidden_BND = _before_completion(config, params, tokens_BT, positions_BT, mask_BN, compute_dtype, remat, attention)
-    return scalar_head(params, hidden_BND, compute_dtype)
+    return scalar_heads(params, hidden_BND, compute_dtype).mean(axis=-1)
 
 
 def _before_completion(config, params, tokens_BT, positions_BT, mask_BN, compute_dtype, remat, attention):

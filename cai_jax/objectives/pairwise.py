@@ -16,6 +16,16 @@ def bradley_terry_terms(chosen_B, rejected_B, probability_B=1.0, margin_B=0.0, c
     return cross_entropy_B + center * jnp.square(chosen_B + rejected_B)
 
 
+def label_margin(probability_B, scale: float):
+    """A margin for each pair, [B]: `scale` times the label's log-odds, bounded to those of 0.01 and 0.99.
+
+    The surer the label, the further apart the scores are to be; a tie asks for nothing, and swapping a pair turns its
+    margin round. It is negative where the second response is the better one.
+    """
+    bounded_B = jnp.clip(probability_B, 0.01, 0.99)
+    return scale * (jnp.log(bounded_B) - jnp.log1p(-bounded_B))
+
+
 def bradley_terry(chosen_B, rejected_B, probability_B=1.0, margin_B=0.0, center=0.0):
     """Mean over pairs of -[p log s(d) + (1 - p) log s(-d)] + center (chosen + rejected)^2.
 

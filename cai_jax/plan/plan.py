@@ -1,6 +1,6 @@
 """A run on chips that are not there: what its programs need, how long they take at the least, what that costs."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cai_jax.accelerators import Accelerator, Slice, slices_of
 from cai_jax.config import Config
@@ -132,10 +132,12 @@ def models_of(config: Config) -> dict[str, tuple[ModelConfig, str]]:
         "preferences": ("policy", "judge"), "reward_model": ("start",), "evaluate": ("rl", "reward_model"),
         **{stage: ("policy", *_scoring_model(getattr(config, stage))) for stage in REINFORCED},
     }  # fmt: skip
+    scorer = replace(base[0], score_heads=config.reward_model.heads), base[1]
     for stage, fields in named.items():
         for field in fields if stage in config.stages else ():
             source = getattr(getattr(config, stage), field)
-            models[f"{stage}.{field}"] = shape_of(source, base[0]) if source else base
+            own = scorer if field == "reward_model" else base
+            models[f"{stage}.{field}"] = shape_of(source, base[0]) if source else own
     return models
 
 

@@ -1,5 +1,6 @@
 """The programs of each stage, with what the stage holds in memory while they run."""
 
+from dataclasses import replace
 from math import ceil
 
 import jax
@@ -88,7 +89,8 @@ def _label_tokens(run: Run, prompt: float, answer: int) -> tuple[int, float]:
 
 
 def _reward_model(run: Run) -> list[Program]:
-    settings, model = run.config.reward_model, run.models["reward_model.start"]
+    settings = run.config.reward_model
+    model = replace(run.models["reward_model.start"], score_heads=settings.heads)
     start = run.params(model, "reward")
     pairs = run.workload.rows("red_team", "helpful") * run.config.preferences.pairs_per_prompt
     held_out = ceil(settings.held_out * pairs)
@@ -98,6 +100,7 @@ def _reward_model(run: Run) -> list[Program]:
         "last": int32(settings.batch_size, 2),
         "probability": float32(settings.batch_size),
         "real": int32(settings.batch_size),
+        **({"head_weights": float32(settings.batch_size, settings.heads)} if settings.heads > 1 else {}),
     })  # fmt: skip
     steps = settings.epochs * ceil((pairs - held_out) / settings.batch_size)
     objective = reward_model.objective(run.config, model)
@@ -112,7 +115,7 @@ def _ppo(run: Run) -> list[Program]:
     settings, policy, scorer = run.config.ppo, run.models["ppo.policy"], run.models.get("ppo.reward_model")
     params, value = {"policy": run.params(policy, "policy")}, None
     if settings.value_trunk == "separate":
-        value = scorer or policy
+        value = replace(scorer or policy, score_heads=1)
         params["value"] = run.params(value, "reward")
     else:
         params["policy"]["score"] = run.params(policy, "reward")["score"]

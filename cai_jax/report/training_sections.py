@@ -2,8 +2,8 @@
 
 from cai_jax.report import plots, verdicts
 from cai_jax.report.artifacts import Run
-from cai_jax.report.markup import Html, el, facts, paragraph, table
-from cai_jax.report.numbers import count, estimate_cell, number, percent, small
+from cai_jax.report.markup import Html, details, el, facts, paragraph, table
+from cai_jax.report.numbers import count, estimate_cell, number, part, percent, small
 
 
 def sft(run: Run, titles: dict[str, str]) -> list:
@@ -45,15 +45,11 @@ def sft(run: Run, titles: dict[str, str]) -> list:
     ]
 
 
-RULES = [
-    ("reward model", "accuracy"),
-    ("rule: the shorter response wins", "shorter_wins_accuracy"),
-    ("rule: the longer response wins", "longer_wins_accuracy"),
-]
+ROWS_SHOWN = 40  # of a table by principle or category
 
 
 def reward_model(run: Run, titles: dict[str, str]) -> list:
-    """Training curves, and what the model is worth on held-out pairs beside rules on length."""
+    """Training curves, and what the model is worth on held-out pairs beside rules that know nothing of the texts."""
     stage = run.stages["reward_model"]
     summary = stage.summary or {}
     held_out = summary.get("held_out") or {}
@@ -75,21 +71,40 @@ def reward_model(run: Run, titles: dict[str, str]) -> list:
                     "scores, mean ± deviation",
                     f"{number(summary.get('score_mean'))} ± {number(summary.get('score_std'))}",
                 ),
+                ("heads; their mean is the score", count(summary.get("heads"))),
             ]
         ),
-        el("p", verdicts.reward_model(held_out) or "Held-out accuracy: not measured.", class_="verdict"),
+        el("p", verdicts.reward_model(held_out) or "Beside simple rules: not measured.", class_="verdict"),
         _held_out_table(held_out) if held_out else None,
-        paragraph(verdicts.calibration(held_out)) if held_out else None,
+        paragraph(verdicts.calibration(held_out), " ", verdicts.uncertainty(held_out)) if held_out else None,
+        _accuracy_by("principle", held_out.get("principles"), titles),
+        _accuracy_by("category", held_out.get("categories"), {}),
         _reward_figures(stage.metrics, held_out),
     ]
 
 
 def _held_out_table(held_out: dict) -> Html:
+    named = {"accuracy": "reward model"} | {
+        f"{rule}_accuracy": f"rule: {words}" for rule, words in verdicts.RULES.items() if rule != "coin"
+    }
     rows = [
         [name, estimate_cell(held_out.get(key), percent), count((held_out.get(key) or {}).get("n"))]
-        for name, key in RULES
+        for key, name in named.items()
     ]
-    return table(["on held-out pairs", "agrees with the label", "n"], rows)
+    return table(["on held-out pairs", "agrees with the label", "pairs that it tells apart"], rows)
+
+
+def _accuracy_by(what: str, found: dict | None, titles: dict[str, str]) -> Html | None:
+    """Held-out accuracy under each principle or category, those with most pairs first."""
+    if not found:
+        return None
+    order = sorted(found, key=lambda name: (-(part(found[name], "n") or 0), name))
+    rows = [
+        [titles.get(name, name or "(none)"), estimate_cell(found[name], percent), count(part(found[name], "n"))]
+        for name in order[:ROWS_SHOWN]
+    ]
+    cut = f"; the {ROWS_SHOWN} with most pairs of {len(order)}" if len(order) > ROWS_SHOWN else ""
+    return details(f"Held-out accuracy by {what}{cut}", table([what, "agrees with the label", "n"], rows))
 
 
 def _reward_figures(metrics: list[dict], held_out: dict) -> Html:

@@ -3,6 +3,12 @@
 from cai_jax.report.artifacts import MODELS, SETS
 from cai_jax.report.numbers import estimate, known, number, part, percent
 
+RULES = {
+    "shorter_wins": "the shorter response wins",
+    "longer_wins": "the longer response wins",
+    "refusal_wins": "the response that refuses wins",
+    "coin": "toss a coin",
+}
 DEGENERATE_ALARM = 0.1  # a share of broken texts above which the first screen says so
 
 
@@ -85,29 +91,37 @@ def judge(summary: dict | None) -> str:
 
 
 def reward_model(held_out: dict | None) -> str:
-    """Whether the reward model predicts held-out labels better than a rule on length does."""
+    """Whether the reward model predicts held-out labels better than the best rule that knows nothing of the texts."""
     accuracy = part((held_out or {}).get("accuracy"))
-    if accuracy is None:
+    best = (held_out or {}).get("best_rule") or {}
+    gain = (held_out or {}).get("gain_over_best_rule")
+    if accuracy is None or not known(best.get("accuracy")) or part(gain) is None:
         return ""
-    rules = {
-        "the shorter response wins": part(held_out.get("shorter_wins_accuracy")),
-        "the longer response wins": part(held_out.get("longer_wins_accuracy")),
-        "toss a coin": 0.5,
-    }
-    rule = max((name for name in rules if rules[name] is not None), key=rules.get)
-    baseline, low = rules[rule], part(held_out["accuracy"], "low")
     said = (
         "On held-out pairs the reward model agrees with the AI labels in"
-        f" {estimate(held_out['accuracy'], percent)}; the best simple rule (“{rule}”) in {percent(baseline)}."
+        f" {estimate(held_out['accuracy'], percent)}; the best simple rule (“{RULES.get(best.get('rule'), '?')}”) in"
+        f" {percent(best['accuracy'])}. Difference on the same pairs: {estimate(gain, percent)}, sign test p ="
+        f" {number(gain.get('p_value'), 3)}."
     )
-    if accuracy <= baseline:
+    if held_out.get("beats_best_rule"):
+        return f"{said} The reward model beats the simple rule."
+    if part(gain) <= 0:
         return f"{said} The reward model does not beat the simple rule."
-    if low is None or low <= baseline:
-        return (
-            f"{said} It is ahead, but the simple rule lies within its interval: this does not show that it"
-            " beats it."
-        )
-    return f"{said} The reward model beats the simple rule."
+    return f"{said} It is ahead, but by no more than chance explains: it is not shown to beat the simple rule."
+
+
+def uncertainty(held_out: dict) -> str:
+    """Whether the heads of an ensemble disagree where they are wrong; "" of one head."""
+    if not known(held_out.get("uncertainty")):
+        return ""
+    area = held_out.get("uncertainty_auroc")
+    said = f"The heads deviate by {number(held_out['uncertainty'])} in the gap of a pair, on average."
+    if part(area) is None:
+        return f"{said} All pairs are right, or all wrong: whether they deviate more where it errs cannot be told."
+    said = f"{said} AUROC of the deviation for wrong pairs: {estimate(area)}."
+    if (part(area, "low") or 0) > 0.5:
+        return f"{said} So it tells where the model errs."
+    return f"{said} So it is not shown to tell where the model errs."
 
 
 def calibration(held_out: dict) -> str:

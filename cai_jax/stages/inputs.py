@@ -123,7 +123,8 @@ def _input(config: Config, run_dir: Path, stage: str, source: str, made: dict) -
     kind, is_start = _KINDS.get(source), stage == "reward_model"  # which starts from a policy or a reward model
     if override := override_of(config, stage, source):
         _check_apart(config, run_dir, override)
-        model = check_model(override, "reward" if is_start else kind, new_head=is_start)
+        heads = config.reward_model.heads if is_start else 1
+        model = check_model(override, "reward" if is_start else kind, is_start, heads)
     elif source in config.stages:
         return made[source]
     elif StageFolder(run_dir, source).done() is not None:

@@ -18,6 +18,7 @@ from cai_jax import distributed
 from cai_jax.errors import UserError
 from cai_jax.models.families import ModelConfig
 from cai_jax.models.flops import forward_flops, training_flops
+from cai_jax.models.heads import with_one_head
 from cai_jax.models.lora import trainable
 from cai_jax.models.pretrained import Model, fresh_head
 from cai_jax.objectives import ppo
@@ -99,9 +100,9 @@ def _starting_params(context, frozen: Frozen) -> dict:
     if source.kind != "model":
         value = {name: leaf for name, leaf in policy.items() if name != "lm_head"} | head
     elif settings.frozen_dtype:
-        value = context.load_from("reward_model", settings.reward_model, "reward").params
+        value = with_one_head(context.load_from("reward_model", settings.reward_model, "reward").params)
     else:
-        value = source.model.params
+        value = with_one_head(source.model.params)
     return {"policy": context.adapted(policy, "ppo policy"), "value": context.adapted(value, "ppo value")}
 
 

@@ -1,8 +1,12 @@
-"""The reward model: Bradley-Terry with the AI's probability as target (Bai et al. 2022, section 4.1)."""
+"""The reward model: Bradley-Terry with the AI's probability as target (Bai et al. 2022, section 4.1).
+
+With several heads each starts elsewhere and counts each pair as often as a sample of its own holds it (bootstrap), so
+that the heads part where the labels say little (Lakshminarayanan et al. 2017, arXiv 1612.01474; Coste et al. 2023,
+arXiv 2310.02743).
+"""
 
 import numpy as np
 
-from cai_jax import statistics
 from cai_jax.chat import completion_ids, encode_chat, encode_text, turn_end_id
 from cai_jax.errors import UserError
 from cai_jax.filters import TIE
@@ -10,8 +14,11 @@ from cai_jax.models.flops import training_flops
 from cai_jax.objectives import pairwise
 from cai_jax.objectives.model_losses import reward_objective
 from cai_jax.provenance import content_hash
-from cai_jax.stages.scoring import score_texts
+from cai_jax.report import verdicts
+from cai_jax.stages.held_out import held_out_metrics
+from cai_jax.stages.scoring import score_heads
 from cai_jax.stages.training import train
+from cai_jax.text_metrics import classify_response
 from cai_jax.training.batches import Rows, pair_rows
 
 STAGE = "reward_model"
@@ -20,7 +27,8 @@ STAGE = "reward_model"
 def run(context, folder) -> dict:
     """Train on the labels, evaluate on held-out prompts, export `model/`; returns the summary of the stage."""
     settings = context.config.reward_model
-    model = context.load_from("sft", settings.start, "reward", new_head=True, seed=context.config.seed)
+    head = {"new_head": True, "seed": context.config.seed, "heads": settings.heads}
+    model = context.load_from("sft", settings.start, "reward", **head)
     rows = [row for row in context.folder("preferences").read_shards() if row["kept"]]
     pairs, counters, skipped = _pairs(model.tokenizer, rows, settings.max_length)
     train, held_out = split_by_prompt(pairs, settings.held_out)
@@ -35,16 +43,21 @@ def run(context, folder) -> dict:
     scores = _scores(context, model, params, held_out)
     for pair, pair_scores in zip(held_out, scores, strict=True):
         pair["scores"] = pair_scores
+    measured = held_out_metrics(held_out, context.config.seed)
+    verdict = verdicts.reward_model(measured) or "Every held-out pair is a tie: nothing is known of the reward model."
+    context.progress.log(f"reward_model: {verdict}")
     return {
         "train_pairs": len(train),
         "steps": len(metrics),
         "first_loss": metrics[0]["loss"],
         "last_loss": metrics[-1]["loss"],
+        "heads": settings.heads,
         "score_mean": float(np.mean(scores)),
-        "score_std": float(np.std(scores)),
+        "score_std": float(np.std(scores.mean(axis=-1))),
         "counters": counters,
         "skipped": skipped,
-        "held_out": held_out_metrics(held_out),
+        "held_out": measured,
+        "verdict": verdict,
     }
 
 
@@ -68,9 +81,14 @@ def _pairs(tokenizer, rows, max_length):
             counters[reason] += 1
             skipped.append({"id": row["id"], "reason": reason.replace("_", " ")})
         else:
-            pairs.append(
-                {"prompt_id": row["prompt_id"], "tokens": (prompt, *responses), "probability": row["probability_a"]}
-            )
+            texts = row["response_a"]["text"], row["response_b"]["text"]
+            pairs.append({
+                **{key: row[key] for key in ("id", "prompt_id", "category")},
+                "principles": row.get("principles") or [row["principle"]],
+                "tokens": (prompt, *responses),
+                "probability": row["probability_a"],
+                "refusals": tuple(classify_response(text) == "refusal" for text in texts),
+            })
     return pairs, counters, skipped
 
 
@@ -82,36 +100,54 @@ def split_by_prompt(pairs, share: float):
 
 
 def _scores(context, model, params, pairs) -> np.ndarray:
-    """The rewards of both responses of every pair, `[pairs, 2]`."""
+    """The scores of both responses of every pair by every head, `[pairs, 2, K]`."""
     texts = [pair["tokens"][0] + response for pair in pairs for response in pair["tokens"][1:]]
-    return np.reshape(score_texts(context, model.config, params, texts), (-1, 2))
+    return score_heads(context, model.config, params, texts).reshape(len(pairs), 2, -1)
 
 
-def _loss_of(scores, pairs) -> float:
-    """The mean Bradley-Terry loss of pairs."""
+def _loss_of(scores, pairs, margin: float) -> float:
+    """The mean Bradley-Terry loss of pairs, of the mean of the heads."""
     probabilities = np.asarray([pair["probability"] for pair in pairs], np.float32)
-    return float(pairwise.bradley_terry(scores[:, 0], scores[:, 1], probabilities))
+    first, second = scores.mean(axis=-1).T
+    return float(pairwise.bradley_terry(first, second, probabilities, pairwise.label_margin(probabilities, margin)))
+
+
+def bootstrap_weights(context, pairs, heads: int) -> np.ndarray:
+    """How often the sample of each head holds each pair, `[pairs, heads]` float32.
+
+    Poisson numbers of mean 1, which is a bootstrap that needs no count of the pairs (Oza and Russell 2001, Online
+    Bagging and Boosting). A number follows from the run's seed, the pair's id and the head alone.
+    """
+    draws = [
+        [np.random.default_rng(context.row_seed(STAGE, pair["id"], "head", k)).poisson(1.0) for k in range(heads)]
+        for pair in pairs
+    ]
+    return np.asarray(draws, np.float32)
 
 
 def objective(config, model):
     """What the train step minimises, for a run's `Config` and a ModelConfig."""
-    shape, center = config.model, config.reward_model.center
-    return reward_objective(model, shape.compute_dtype, shape.remat, center, TIE, shape.attention)
+    shape, settings = config.model, config.reward_model
+    return reward_objective(
+        model, shape.compute_dtype, shape.remat, settings.center, TIE, shape.attention, settings.margin
+    )
 
 
 def _train(context, folder, model, pairs, held_out):
     settings = context.config.reward_model
     longest = max(sum(map(len, pair["tokens"])) for pair in pairs)
     length = min(settings.max_length, -(-longest // 32) * 32)
+    several = settings.heads > 1
     source = Rows({
         **pair_rows([pair["tokens"] for pair in pairs], length),
         "probability": np.asarray([pair["probability"] for pair in pairs], np.float32),
         "real": np.ones(len(pairs), np.int32),
+        **({"head_weights": bootstrap_weights(context, pairs, settings.heads)} if several else {}),
     })
     loss = objective(context.config, model.config)
 
     def quality(params, lines):
-        return -_loss_of(_scores(context, model, params, held_out), held_out)
+        return -_loss_of(_scores(context, model, params, held_out), held_out, settings.margin)
 
     adapted = context.config.lora.rank > 0
     flops = training_flops(model.config, 1, source.mean_length, unembedded=0, frozen=adapted)
@@ -121,34 +157,3 @@ def _train(context, folder, model, pairs, held_out):
 def _report(metrics) -> dict:
     metrics = {("pairs" if name == "weight" else name): value for name, value in metrics.items()}
     return metrics | {"accuracy": metrics["accuracy"] / metrics["decided_share"]}  # nan, so null, where all are ties
-
-
-def held_out_metrics(pairs) -> dict:
-    """Accuracy, calibration and correlation with length on pairs that were not trained on.
-
-    A pair counts as right when the response with the higher score is the one with probability above 1/2. Two
-    rules that know nothing, "shorter wins" and "longer wins", stand beside it. A label within TIE of 1/2 decides
-    nothing: such pairs are counted as `ties` and left out of these three.
-    """
-    predicted = np.asarray([1 / (1 + np.exp(pair["scores"][1] - pair["scores"][0])) for pair in pairs])
-    observed = np.asarray([pair["probability"] for pair in pairs])
-    longer = np.asarray([len(pair["tokens"][1]) - len(pair["tokens"][2]) for pair in pairs])
-    first_better, decided = observed > 0.5, np.abs(observed - 0.5) >= TIE
-    error, bins = statistics.calibration(predicted, observed)
-    lengths = [len(response) for pair in pairs for response in pair["tokens"][1:]]
-    scores = [score for pair in pairs for score in pair["scores"]]
-    return {
-        "n": len(pairs),
-        "ties": int((~decided).sum()),
-        "accuracy": _agreement(predicted > 0.5, first_better, decided),
-        "calibration_error": error,
-        "calibration_bins": bins,
-        "length_correlation": statistics.correlation(lengths, scores),
-        "longer_wins_accuracy": _agreement(longer > 0, first_better, decided & (longer != 0)),
-        "shorter_wins_accuracy": _agreement(longer < 0, first_better, decided & (longer != 0)),
-    }
-
-
-def _agreement(chosen, first_better, counted) -> dict:
-    """How often a choice of the first response is the label's, over the pairs that count."""
-    return statistics.wilson_interval(int((chosen == first_better)[counted].sum()), int(counted.sum()))

@@ -20,7 +20,7 @@ from cai_jax.errors import UserError
 from cai_jax.labelers.judge import Judge
 from cai_jax.labelers.rating import Rating
 from cai_jax.mesh import on_host
-from cai_jax.models.heads import last_real, values
+from cai_jax.models.heads import cautious, head_values, last_real
 from cai_jax.models.pretrained import Model
 from cai_jax.objectives.model_losses import completion_logprobs, completion_values
 from cai_jax.prompts import resolve_ratings
@@ -50,6 +50,7 @@ def load_source(context, stage: str) -> Source:
 def measure(context, stage: str, reference: Model, source: Source, rollouts: Rollouts, value=(None, None)):
     """Reference log-probs and values `[B, N]`, and scores `[B]`, nan where there is none; float32, on the host.
 
+    Scores of a reward model lose `uncertainty_penalty` deviations of its heads.
     `value`: ModelConfig and params that give the values; without them these are None.
     """
     settings, shape = getattr(context.config, stage), context.config.model
@@ -66,24 +67,27 @@ def measure(context, stage: str, reference: Model, source: Source, rollouts: Rol
     ref_logprobs, old_values, scores = (
         None if column[0] is None else np.concatenate(column) for column in zip(*columns, strict=True)
     )
-    return ref_logprobs, old_values, text_scores(context, stage, source, rollouts) if scores is None else scores
+    if scores is None:
+        return ref_logprobs, old_values, text_scores(context, stage, source, rollouts)
+    return ref_logprobs, old_values, cautious(scores, settings.uncertainty_penalty)
 
 
 @partial(jax.jit, static_argnames=("config", "value_config", "reward_config", "dtype", "attention"))
 def _score(config, value_config, reward_config, reference, value, reward, part, temperature, dtype, attention):
-    """Reference log-probs and values of the completion tokens `[B, N]`, raw reward scores `[B]`.
+    """Reference log-probs and values of the completion tokens `[B, N]`, raw scores by every head `[B, K]`.
 
     Of what has no params comes None.
     """
     arrays = part["tokens"], part["positions"], part["mask"]
     ref_logprobs_BN, _ = completion_logprobs(config, reference, *arrays, temperature, dtype, attention=attention)
-    values_BN = scores_B = None
+    values_BN = scores_BK = None
     if value is not None:
         values_BN = completion_values(value_config, value, *arrays, dtype, attention=attention)
     if reward is not None:
-        scores_BT = values(reward_config, reward, part["tokens"], part["positions"], attention=attention, dtype=dtype)
-        scores_B = last_real(scores_BT, part["positions"])
-    return ref_logprobs_BN, values_BN, scores_B
+        arrays = part["tokens"], part["positions"]
+        scores_BTK = head_values(reward_config, reward, *arrays, attention=attention, dtype=dtype)
+        scores_BK = last_real(scores_BTK, part["positions"])
+    return ref_logprobs_BN, values_BN, scores_BK
 
 
 def lower_score(config, stage, policy, value_config, scorer, reference, value, reward, part):

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from cai_jax.mesh import on_host
-from cai_jax.models.heads import last_real, values
+from cai_jax.models.heads import head_values, last_real
 from cai_jax.sampler.engine import bucket
 from cai_jax.training.batches import right_padded
 
@@ -15,20 +15,25 @@ ROWS, SMALLEST_BUCKET = 16, 64
 
 
 def score_texts(context, config, params, rows_of_tokens) -> np.ndarray:
-    """The reward of every token sequence, `[rows]` float32. A row's score does not depend on the other rows."""
+    """The reward of every token sequence, the mean of its heads, `[rows]` float32."""
+    return score_heads(context, config, params, rows_of_tokens).mean(axis=-1)
+
+
+def score_heads(context, config, params, rows_of_tokens) -> np.ndarray:
+    """The score of every token sequence by every head, `[rows, K]` float32; the other rows have no part in it."""
     groups = defaultdict(list)
     for index, tokens in enumerate(rows_of_tokens):
         groups[bucket(len(tokens), SMALLEST_BUCKET)].append(index)
     rows = rows_of_pass(context.mesh)
-    scores = np.zeros(len(rows_of_tokens), np.float32)
+    scores = np.zeros((len(rows_of_tokens), config.score_heads), np.float32)
     for length, indices in sorted(groups.items()):
         for start in range(0, len(indices), rows):
             batch = indices[start : start + rows]
             texts = [rows_of_tokens[i] for i in batch] + [[0]] * (rows - len(batch))
             placed = context.put_rows(right_padded(texts, length))
             shape = context.config.model
-            rewards_B = _rewards(config, params, *placed, shape.compute_dtype, shape.attention)
-            scores[batch] = on_host(rewards_B)[: len(batch)]
+            rewards_BK = _rewards(config, params, *placed, shape.compute_dtype, shape.attention)
+            scores[batch] = on_host(rewards_BK)[: len(batch)]
     return scores
 
 
@@ -45,5 +50,5 @@ def lower_rewards(config, model, params, tokens_BT, positions_BT):
 
 @partial(jax.jit, static_argnames=("config", "dtype", "attention"))
 def _rewards(config, params, tokens_BT, positions_BT, dtype, attention):
-    values_BT = values(config, params, tokens_BT, positions_BT, attention=attention, dtype=dtype)
-    return last_real(values_BT, positions_BT)
+    values_BTK = head_values(config, params, tokens_BT, positions_BT, attention=attention, dtype=dtype)
+    return last_real(values_BTK, positions_BT)

@@ -1,5 +1,7 @@
 """PPO and DPO objectives on a small model: recorded log-probs, the temperature of the rollouts, padding, pairs."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +16,7 @@ from cai_jax.objectives.model_losses import (
     dpo_objective,
     pair_logprobs,
     ppo_objective,
+    reward_objective,
 )
 from cai_jax.training.batches import pair_rows, right_padded
 
@@ -149,3 +152,33 @@ def gradient_step(objective, params, batch):
 
     (loss, more), slopes = jax.jit(jax.value_and_grad(run, has_aux=True))(params)
     return (loss, slopes), more
+
+
+# Reward objective with several heads
+
+
+def test_each_head_learns_from_its_own_sample_of_the_pairs():
+    """The loss of an ensemble is the mean of its heads' losses, each weighted as that head counts the pairs."""
+    ensemble = load_model("random:llama", kind="reward", seed=3, heads=3)
+    rng = np.random.default_rng(4)
+    pairs = [[rng.integers(3, 200, rng.integers(3, 8)).tolist() for _ in "pab"] for _ in range(4)]
+    batch = {
+        **pair_rows([*pairs, ([], [], [])], 32), "probability": np.float32([0.9, 0.2, 0.5, 1, 0]),
+        "real": np.int32([1, 1, 1, 1, 0]),
+        "head_weights": np.float32([[1, 0, 2], [0, 1, 1], [3, 1, 0], [1, 1, 1], [0, 0, 0]]),
+    }  # fmt: skip
+    options = {"center": 0.01, "margin": 0.5, "tie": 1e-3}
+    objective = reward_objective(ensemble.config, **options)
+    (loss, _), (count, sums) = gradient_step(objective, ensemble.params, batch)
+    one = jax.jit(reward_objective(replace(ensemble.config, score_heads=1), **options))
+    slowly = 0.0
+    for head in range(3):
+        alone = {**ensemble.params, "score": ensemble.params["score"][:, head : head + 1]}
+        for row in range(4):
+            single = {name: batch[name][row : row + 1] for name in batch if name != "head_weights"}
+            slowly += batch["head_weights"][row, head] * float(one(alone, single)[0]) / 3
+    assert count == 4 and sums["decided_share"] == 3
+    assert float(loss) == pytest.approx(slowly, rel=1e-4)
+    batch["head_weights"] *= np.float32([1, 0, 1])
+    slope = gradient_step(objective, ensemble.params, batch)[0][1]["score"]
+    assert np.abs(slope[:, 1]).max() == 0 < np.abs(slope[:, 0]).max(), "a head that counts no pair does not move"

@@ -140,3 +140,23 @@ def test_integers_and_half_precision_are_raised_and_float64_is_kept():
         assert pairwise.bradley_terry(np.ones(2), np.zeros(2)).dtype == jnp.float64
         assert dpo.loss(*PAIRS, 0.1).dtype == jnp.float64
         assert sft.token_loss(np.ones((1, 2)), np.ones((1, 2), bool)).dtype == jnp.float64
+
+
+# margin by label
+
+
+def test_a_margin_by_label_asks_for_scores_further_apart_where_the_label_is_surer():
+    probability_B = jnp.array([0.5, 0.6, 0.9, 0.1, 1.0, 0.0])
+    margin_B = pairwise.label_margin(probability_B, 0.5)
+    logits = np.log(np.array([1, 1.5, 9, 1 / 9, 99, 1 / 99]))
+    np.testing.assert_allclose(margin_B, 0.5 * logits, atol=1e-6)
+    np.testing.assert_allclose(pairwise.label_margin(1 - probability_B, 0.5), -margin_B, atol=1e-6)
+    slope = jax.grad(lambda gap: pairwise.bradley_terry(gap[None], jnp.zeros(1), 0.9, margin_B[2]))
+    assert abs(float(slope(jnp.float32(1.5 * np.log(9))))) < 1e-6
+
+
+def test_a_margin_leaves_the_loss_blind_to_the_order_of_a_pair():
+    a_B, b_B, p_B = jnp.array([0.3, -1.2]), jnp.array([1.1, 4.0]), jnp.array([0.8, 0.35])
+    one = pairwise.bradley_terry_terms(a_B, b_B, p_B, pairwise.label_margin(p_B, 0.7))
+    other = pairwise.bradley_terry_terms(b_B, a_B, 1 - p_B, pairwise.label_margin(1 - p_B, 0.7))
+    np.testing.assert_allclose(one, other, rtol=1e-5)

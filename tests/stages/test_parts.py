@@ -1,5 +1,6 @@
 """The decisions of the stages, one by one and without a model."""
 
+from itertools import count
 from types import SimpleNamespace
 
 import numpy as np
@@ -80,8 +81,15 @@ def test_all_pairs_of_a_prompt_fall_on_one_side():
     assert split_by_prompt(list(reversed(pairs)), 0.3)[1] == list(reversed(held))
 
 
+NUMBERS = count()
+
+
 def pair(score_a, score_b, probability, length_a=3, length_b=3):
-    return {"scores": (score_a, score_b), "probability": probability, "tokens": ([1], [2] * length_a, [3] * length_b)}
+    tokens = [1], [2] * length_a, [3] * length_b
+    return {
+        "prompt_id": f"p{next(NUMBERS)}", "category": "", "principles": ["p"], "refusals": (False, False),
+        "scores": (score_a, score_b), "probability": probability, "tokens": tokens,
+    }  # fmt: skip
 
 
 def test_held_out_metrics_tell_a_good_model_from_a_rule_about_length():
