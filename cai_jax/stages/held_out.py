@@ -3,7 +3,7 @@
 import numpy as np
 
 from cai_jax import statistics
-from cai_jax.stages.preferences import TIE
+from cai_jax.filters import TIE
 
 RULES = ("shorter_wins", "longer_wins", "refusal_wins", "coin")
 
