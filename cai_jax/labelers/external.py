@@ -46,9 +46,9 @@ class ExternalLabeler:
     def compare(self, pair: Pair, principles: Sequence[Principle], seed: int) -> Row:
         """A row program of `Outside` requests alone; returns an `Opinion`.
 
-        `detail`: "orders", the mean log-odds of response_a where it is shown first and second; "principles" {id:
-        log-odds}; "asked", an entry a principle and order with its texts, log-probs of A and B, and failure; "usage",
-        tokens read and written; "flags", "left_out": some principle had no verdict.
+        `detail`: "orders", the mean log-odds of response_a where it is shown first and second; "principles", the
+        log-odds under each, null where it is left out; "asked", an entry a principle and order with its texts, log-probs
+        of A and B, and failure; "usage", tokens read and written; "flags", "left_out": some principle had no verdict.
         """
         shown = (("ab", pair.response_a, pair.response_b, 1.0), ("ba", pair.response_b, pair.response_a, -1.0))
         asked, found = [], {}
@@ -67,7 +67,7 @@ class ExternalLabeler:
         if not found:
             return Opinion(None, next(one["failure"] for one in asked if one["failure"]), detail)
         orders = [sum(column) / len(found) for column in zip(*found.values(), strict=True)]
-        each = {name: sum(logits) / 2 for name, logits in found.items()}
+        each = [sum(found[one.id]) / 2 if one.id in found else None for one in principles]
         return Opinion(sum(orders) / 2, detail=detail | {"orders": orders, "principles": each})
 
     def _verdict(self, messages, seed: int) -> Row:
@@ -96,11 +96,11 @@ class ExternalLabeler:
         return [*self._shown, _brief(asked)]
 
 
-def _found(replies: list[Reply], logit: float | None, failure: str = "", logprobs: list | None = None) -> dict:
+def _found(replies: list[Reply], logit: float | None, failure: str = "", logprobs: Sequence[float] = ()) -> dict:
     texts = [reply.text for reply in replies]
     usage = [sum(reply.read or 0 for reply in replies), sum(reply.written or 0 for reply in replies)]
-    model = replies[-1].model
-    return {"logit": logit, "failure": failure, "logprobs": logprobs, "texts": texts, "model": model, "usage": usage}
+    made_of = {"logprobs": list(logprobs), "texts": texts, "model": replies[-1].model, "usage": usage}
+    return {"logit": logit, "failure": failure, **made_of}
 
 
 def ask(client: Client, body: dict) -> Row:

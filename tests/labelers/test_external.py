@@ -37,7 +37,7 @@ def test_log_probs_of_the_verdict_make_a_soft_label_in_logit_space(server, tmp_p
     found, client = opinions(server, tmp_path, "judge")
     assert [opinion.logit for opinion in found] == pytest.approx([1.0, -3.0, 0.0])  # more exclamation marks
     assert found[0].detail["orders"] == pytest.approx([1.0, 1.0])
-    assert found[0].detail["principles"] == pytest.approx({principle.id: 1.0 for principle in PRINCIPLES})
+    assert found[0].detail["principles"] == pytest.approx([1.0, 1.0])
     assert found[0].detail["usage"] == [400, 40] and not found[0].detail["flags"]["left_out"]
     assert [(one["principle"], one["order"]) for one in found[0].detail["asked"]] == [
         (principle.id, order) for principle in PRINCIPLES for order in ("ab", "ba")]
@@ -85,7 +85,7 @@ def test_a_principle_without_a_verdict_is_left_out(server, tmp_path, monkeypatch
         client.ask = lambda body: Reply("Well.") if lost in body["messages"][-1]["content"] else fetch(body)
         [opinion] = WithoutModel(rows=1).run([labeler.compare(PAIRS[0], PRINCIPLES, 0)])
     assert opinion.logit == pytest.approx(1.0) and opinion.detail["flags"]["left_out"]
-    assert list(opinion.detail["principles"]) == [PRINCIPLES[1].id]
+    assert opinion.detail["principles"] == [None, pytest.approx(1.0)]
 
 
 def test_responses_are_quoted(server, tmp_path):
