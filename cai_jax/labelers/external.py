@@ -48,7 +48,8 @@ class ExternalLabeler:
 
         `detail`: "orders", the mean log-odds of response_a where it is shown first and second; "principles", the
         log-odds under each, null where it is left out; "asked", an entry a principle and order with its texts,
-        log-probs of A and B, and failure; "usage", tokens read and written; "flags", "left_out": some principle had no verdict.
+        log-probs of A and B, and failure; "usage", tokens read and written; "flags", "left_out": some principle had no
+        verdict.
         """
         shown = (("ab", pair.response_a, pair.response_b, 1.0), ("ba", pair.response_b, pair.response_a, -1.0))
         asked, found = [], {}
