@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")  # of every layer
-LABELERS = ("options", "thought", "contrast", "rating", "rule")
+LABELERS = ("options", "thought", "contrast", "rating", "rule", "external")
 STAGES = ("critique_revision", "sft", "preferences", "reward_model", "ppo", "grpo", "evaluate")
 OPTIONAL = ("grpo",)  # stages that a run has where its config names them
 

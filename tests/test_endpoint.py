@@ -201,12 +201,12 @@ def test_a_server_that_refuses_everything_ends_the_run(server, tmp_path):
 # ---------------------------------------------------------------- the key
 
 
-def test_a_wrong_key_is_not_repeated(server, tmp_path, monkeypatch):
-    wrong = "sk-wrong-0123456789abcdef"
+@pytest.mark.parametrize("wrong", ["sk-wrong-0123456789abcdef", "wrong-7"])
+def test_a_wrong_key_is_not_repeated(server, tmp_path, monkeypatch, wrong):
     monkeypatch.setenv(KEY_ENV, wrong)
     with pytest.raises(UserError, match=f"HTTP 401, the key is not accepted; see what {KEY_ENV} holds") as error:
         asked(server, tmp_path, "ok")
-    assert "sk-wrong" not in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 400
+    assert wrong not in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 400
     assert len(server.requests()) == 1
     with pytest.raises(UserError, match="not accepted"):
         check_endpoint(server.settings("ok"), "critique_revision.critic")

@@ -489,11 +489,11 @@ def test_hostile_texts_stay_texts(tmp_path, no_plots):
 def test_what_an_endpoint_gave_and_took_is_told(tmp_path, no_plots, stage):
     run = FakeRun(tmp_path).everything()
     assert "endpoint" not in render(run.folder)[1].words
-    given = {"model": HOSTILE, "base_url": "https://host/v1", "answers": 1234, "tokens_read": 5678, "tokens_written": 9,
-             "cost": 0.125, "failures": {"unparsable": 3}}  # fmt: skip
+    given = {"model": HOSTILE, "base_url": "https://host/v1", "answers": 1234, "tokens_read": 5678,
+             "tokens_written": 90, "cost": 0.125, "failures": {"unparsable": 3}}  # fmt: skip
     run.edit(f"{stage}/summary.json", lambda content: content.update(endpoint=given))
     seen = render(run.folder)[1]
-    told = "1,234 answers, 5,678 tokens read and 9 written, at a price of 0.1250. Failures: unparsable 3."
+    told = "1,234 answers, 5,678 tokens read and 90 written, at a price of 0.1250. Failures: unparsable 3."
     assert told in seen.words and "https://host/v1" in seen.words and "script" not in seen.tags
     assert "The last command asked" not in seen.words
     done = {"asked": 1300, "cached": 66, "sent": 1240, "retries": 6}

@@ -9,6 +9,7 @@ from cai_jax.config import Sampling
 from cai_jax.constitution import Principle
 from cai_jax.endpoint import EXTERNAL, Client, question
 from cai_jax.labelers.opinion import Opinion, Pair
+from cai_jax.labelers.pleading import PLEAS, unpleaded
 from cai_jax.prompts import OptionFormat, preference_preamble, preference_request
 from cai_jax.provenance import content_hash, row_seed
 from cai_jax.replies import Reply
@@ -34,23 +35,26 @@ class ExternalLabeler:
     name = EXTERNAL
     preamble: Sequence[dict] = ()  # for the sampler, which is asked nothing
 
-    def __init__(self, client: Client, constitution):
+    def __init__(self, client: Client, constitution, guard: bool = True):
         self.client = client
+        self._read = unpleaded if guard else str
         self._shown = [_brief(turn) for turn in preference_preamble(constitution, _ANSWER)]
         settings = client.settings
         example = self._question(_EXAMPLE.messages, _PRINCIPLE, _EXAMPLE.response_a, _EXAMPLE.response_b)
-        self.hash = content_hash(
-            [client.hash, settings.logprobs, settings.samples, settings.verdict_tokens, settings.limit_field, example]
-        )
+        read = [self._read(plea("")) for plea in PLEAS.values()]
+        asking = [settings.logprobs, settings.samples, settings.verdict_tokens, settings.limit_field]
+        self.hash = content_hash([client.hash, *asking, example, read])
 
     def compare(self, pair: Pair, principles: Sequence[Principle], seed: int) -> Row:
         """A row program of `Outside` requests alone; returns an `Opinion`.
 
-        `detail`: "orders", the mean log-odds of response_a where it is shown first and second; "principles" {id:
-        log-odds}; "asked", an entry a principle and order with its texts, log-probs of A and B, and failure; "usage",
-        tokens read and written; "flags", "left_out": some principle had no verdict.
+        `detail`: "orders", the mean log-odds of response_a where it is shown first and second; "principles", the
+        log-odds under each, null where it is left out; "asked", an entry a principle and order with its texts,
+        log-probs of A and B, and failure; "usage", tokens read and written; "flags", "left_out": some principle had no
+        verdict; "guarded", words of a response were masked.
         """
-        shown = (("ab", pair.response_a, pair.response_b, 1.0), ("ba", pair.response_b, pair.response_a, -1.0))
+        a, b = self._read(pair.response_a), self._read(pair.response_b)
+        shown = (("ab", a, b, 1.0), ("ba", b, a, -1.0))
         asked, found = [], {}
         for principle in principles:
             logits = []
@@ -63,11 +67,12 @@ class ExternalLabeler:
             if len(logits) == 2:
                 found[principle.id] = logits
         detail = {"asked": asked, "usage": [sum(one["usage"][i] for one in asked) for i in (0, 1)]}
-        detail["flags"] = {"left_out": len(found) < len(principles)}
+        guarded = (a, b) != (pair.response_a, pair.response_b)
+        detail["flags"] = {"left_out": len(found) < len(principles), "guarded": guarded}
         if not found:
             return Opinion(None, next(one["failure"] for one in asked if one["failure"]), detail)
         orders = [sum(column) / len(found) for column in zip(*found.values(), strict=True)]
-        each = {name: sum(logits) / 2 for name, logits in found.items()}
+        each = [sum(found[one.id]) / 2 if one.id in found else None for one in principles]
         return Opinion(sum(orders) / 2, detail=detail | {"orders": orders, "principles": each})
 
     def _verdict(self, messages, seed: int) -> Row:
@@ -96,11 +101,11 @@ class ExternalLabeler:
         return [*self._shown, _brief(asked)]
 
 
-def _found(replies: list[Reply], logit: float | None, failure: str = "", logprobs: list | None = None) -> dict:
+def _found(replies: list[Reply], logit: float | None, failure: str = "", logprobs: Sequence[float] = ()) -> dict:
     texts = [reply.text for reply in replies]
     usage = [sum(reply.read or 0 for reply in replies), sum(reply.written or 0 for reply in replies)]
-    model = replies[-1].model
-    return {"logit": logit, "failure": failure, "logprobs": logprobs, "texts": texts, "model": model, "usage": usage}
+    made_of = {"logprobs": list(logprobs), "texts": texts, "model": replies[-1].model, "usage": usage}
+    return {"logit": logit, "failure": failure, **made_of}
 
 
 def ask(client: Client, body: dict) -> Row:

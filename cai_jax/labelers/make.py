@@ -2,8 +2,10 @@
 
 from cai_jax.config import LABELERS, Config, Preferences
 from cai_jax.constitution import Constitution
+from cai_jax.endpoint import EXTERNAL, Client
 from cai_jax.errors import UserError, did_you_mean
 from cai_jax.labelers.contrast import Contrast
+from cai_jax.labelers.external import ExternalLabeler
 from cai_jax.labelers.judge import Judge
 from cai_jax.labelers.opinion import Labeler
 from cai_jax.labelers.options import Options
@@ -13,15 +15,21 @@ from cai_jax.labelers.thought import Thought
 from cai_jax.prompts import preference_preamble, resolve_options, resolve_ratings
 
 
-def labeler(name: str, config: Config, constitution: Constitution, judge: Judge) -> Labeler:
+def labeler(
+    name: str, config: Config, constitution: Constitution, judge: Judge, client: Client | None = None
+) -> Labeler:
     """The labeler of this name, one of `config.LABELERS`, as the config's `preferences` section has it.
+
+    `client` is what "external" asks.
 
     Raises UserError for an unknown name, and where the judge's tokenizer or the constitution does not give what the
     labeler needs.
     """
-    if name not in _MAKERS:
+    if name not in LABELERS:
         raise UserError(f"preferences.labelers: there is no labeler {name!r}{did_you_mean(name, LABELERS)} "
                         f"(there are {', '.join(LABELERS)})")
+    if name == EXTERNAL:
+        return ExternalLabeler(client, constitution, config.preferences.guard)
     return _MAKERS[name](config.preferences, constitution, judge)
 
 

@@ -59,7 +59,10 @@ STATE_COPIES = {"sft": 3, "reward_model": 3, "ppo": 6, "grpo": 3}
 # Stages that compute nothing with the model that the run starts from: its memory is theirs.
 WITHOUT_BASE = ("reward_model", "ppo", "grpo")
 # Fields of the endpoint that decide what it answers, in the stages that can ask it.
-ENDPOINT_FIELDS = {"critique_revision": ("base_url", "model")}
+ENDPOINT_FIELDS = {
+    "critique_revision": ("base_url", "model"),
+    "preferences": ("base_url", "model", "logprobs", "samples", "verdict_tokens"),
+}
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "datasets")
 
 

@@ -26,7 +26,7 @@ INPUTS = {
     "evaluate": {"sft": "sft", "reward_model": "reward_model", "ppo": "rl"},
 }
 # Config fields of a stage that can name the model at the endpoint.
-ASKS = {"critique_revision": ("critic", "reviser")}
+ASKS = {"critique_revision": ("critic", "reviser"), "preferences": ("labelers",)}
 COMPARES_WHAT_THERE_IS = ("evaluate",)
 # Of the models that stages leave.
 _KINDS = {"sft": "policy", "reward_model": "reward", "ppo": "policy", "grpo": "policy"}
@@ -204,7 +204,9 @@ def _check_rewards(stage: str, config: Config, base: ModelInfo, models: dict) ->
         name = f"{stage}.max_prompt_tokens + {stage}.response.max_new_tokens"
         _check_length(name, longest, models["reward_model"])
     elif settings.reward == "judge":
-        _check_tokenizer(check_model(settings.judge, "policy") if settings.judge else base)
+        judge = check_model(settings.judge, "policy") if settings.judge else base
+        _check_tokenizer(judge)
+        resolve_ratings(judge.tokenizer)
     elif not any(principle.check for principle in load_constitution(config.constitution).principles):
         raise UserError(f"{stage}.reward=rule: no principle of the constitution ({config.constitution}) has a check; "
                         "name one that has, such as verifiable")

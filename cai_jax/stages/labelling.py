@@ -18,7 +18,8 @@ from cai_jax.stages.rows import make_rows, unfinished, watch
 def labelers_of(context, judge: Judge) -> list[Labeler]:
     """The labelers that the config names."""
     settings = context.config.preferences
-    return [labeler(name, context.config, context.constitution, judge) for name in settings.labelers]
+    inputs = context.config, context.constitution, judge, context.endpoint
+    return [labeler(name, *inputs) for name in settings.labelers]
 
 
 def opinions(

@@ -9,6 +9,7 @@ from collections import Counter
 import numpy as np
 
 from cai_jax import filters
+from cai_jax.endpoint import EXTERNAL, summary_of
 from cai_jax.errors import UserError
 from cai_jax.labelers.judge import TOO_LONG, Judge
 from cai_jax.labelers.opinion import Pair
@@ -153,7 +154,7 @@ def _summary(context, pairs, labelers, opinions, rows, skipped) -> dict:
     ordered = [row for row in labelled if side_by_side]
     orders = [(row["probability_a_ab"], row["probability_a_ba"]) for row in ordered]
     bins, edges = np.histogram([row["probability_a"] for row in labelled], bins=10, range=(0, 1))
-    return {
+    summary = {
         "pairs": len(pairs),
         "labelled": len(labelled),
         "kept": reasons.count(""),
@@ -167,6 +168,11 @@ def _summary(context, pairs, labelers, opinions, rows, skipped) -> dict:
         "first_position_share": mean(first for ab, ba in orders for first in (ab > 0.5, ba < 0.5)),
         "confidence_histogram": {"edges": [round(float(x), 2) for x in edges], "counts": bins.tolist()},
     }
+    if EXTERNAL in opinions:
+        usage = [opinion.detail["usage"] for opinion in opinions[EXTERNAL]]
+        failures = [opinion.failure for opinion in opinions[EXTERNAL]]
+        summary["endpoint"] = summary_of(context.config.endpoint, *zip(*usage, strict=True), failures)
+    return summary
 
 
 def _of_labeler(labeler, found, temperature) -> dict:
