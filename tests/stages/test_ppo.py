@@ -45,8 +45,8 @@ def rollouts(frozen):
     }  # fmt: skip
 
 
-def scored(frozen, rollouts, bias):
-    settings = Ppo(rollouts=ROWS, minibatches=2, whiten_advantages=False, kl_coef=0.0)
+def scored(frozen, rollouts, bias, **changes):
+    settings = Ppo(rollouts=ROWS, minibatches=2, whiten_advantages=False, kl_coef=0.0, **changes)
     config = Config(model=Model("random:llama"), description="one update", ppo=settings)
     context = SimpleNamespace(config=config, put_rows=lambda batch: batch)
     return score_rollouts(context, frozen, frozen.reward.params, rollouts, bias)
@@ -74,6 +74,15 @@ def test_the_value_loss_is_of_the_value_without_the_bias(frozen, rollouts):
     errors = np.square(np.asarray(raw) - 7 - batch["returns"])[batch["mask"] > 0]
     assert float(sums["value_clip_fraction"]) == 0, "nothing has moved yet, so nothing is clipped"
     assert float(sums["value_loss"]) / float(count) == pytest.approx(errors.mean() / 2, rel=1e-4)
+
+
+def test_disagreement_of_an_ensemble_is_taken_off_the_score(frozen, rollouts):
+    ensemble = replace(frozen, reward=load_model("random:llama", kind="reward", seed=3, heads=3))
+    (_, free), (_, paid) = (scored(ensemble, rollouts, 0.0, uncertainty_penalty=p) for p in (0.0, 2.0))
+    assert float(free["uncertainty"]) > 0.1
+    assert float(free["score"]) - float(paid["score"]) == pytest.approx(2 * float(free["uncertainty"]), rel=1e-4)
+    (_, alone), (_, plain) = (scored(frozen, rollouts, 0.0, uncertainty_penalty=p) for p in (2.0, 0.0))
+    assert float(alone["uncertainty"]) == 0 and float(alone["score"]) == float(plain["score"])
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
