@@ -99,7 +99,7 @@ def score_rollouts(context, frozen: Frozen, rollouts: Rollouts):
     `reward` is what GRPO maximises: the score less kl_coef times k3, summed over a response.
     """
     settings, arrays = context.config.grpo, rollouts.arrays
-    ref_logprobs, _, raw_scores = rewards.measure(context, STAGE, frozen.reference, frozen.source, rollouts)
+    ref_logprobs, _, uncertainty, raw_scores = rewards.measure(context, STAGE, frozen.reference, frozen.source, rollouts)
     mask, raw_scores = rewards.scored_only(rollouts, raw_scores)
     has_score = mask.any(axis=1)
     scores = raw_scores - settings.missing_eos_penalty * arrays["truncated"].astype(np.float32)
@@ -111,6 +111,7 @@ def score_rollouts(context, frozen: Frozen, rollouts: Rollouts):
         "reward": np.mean(scores[has_score]) - settings.kl_coef * report["kl_k3"],
         "group_deviation": np.mean([np.std(group[real]) for group, real in in_groups if real.any()]),
         "truncated_share": np.mean(arrays["truncated"]), "unscored_share": np.mean(~has_score),
+        "uncertainty": np.mean(uncertainty),
     }  # fmt: skip
     same = {name: arrays[name] for name in ("tokens", "positions", "old_logprobs")}
     return same | {"mask": mask, "ref_logprobs": ref_logprobs, "advantages": advantages}, report

@@ -209,7 +209,7 @@ def score_rollouts(
     scores, over their deviation; the value model goes on in the units of the scores, so returns are put back to these.
     """
     settings, arrays = context.config.ppo, rollouts.arrays
-    ref_logprobs, raw_values, raw_scores = rewards.measure(
+    ref_logprobs, raw_values, uncertainty, raw_scores = rewards.measure(
         context, STAGE, frozen.reference, frozen.source, rollouts, frozen.value_of(params)
     )
     mask, raw_scores = rewards.scored_only(rollouts, raw_scores)
@@ -232,8 +232,8 @@ def score_rollouts(
     returns = batch["returns"] * np.float32(scale) + np.float32(mean) * (mask > 0)
     report |= {
         "score": np.mean(unbiased[has_score]), "value_mean": np.mean(old_values[mask > 0]),
-        "truncated_share": np.mean(arrays["truncated"]), "unscored_share": np.mean(~has_score),
-        "kl_coef": kl_coef, "score_scale": scale,
+        "uncertainty": np.mean(uncertainty), "truncated_share": np.mean(arrays["truncated"]),
+        "unscored_share": np.mean(~has_score), "kl_coef": kl_coef, "score_scale": scale,
     }  # fmt: skip
     batch = {**batch, "returns": returns, "old_values": old_values, "mask": mask}
     same = {name: arrays[name] for name in ("tokens", "positions", "old_logprobs")}

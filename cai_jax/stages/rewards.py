@@ -48,9 +48,9 @@ def load_source(context, stage: str) -> Source:
 
 
 def measure(context, stage: str, reference: Model, source: Source, rollouts: Rollouts, value=(None, None)):
-    """Reference log-probs and values `[B, N]`, and scores `[B]`, nan where there is none; float32, on the host.
+    """Reference log-probs and values `[B, N]`, uncertainty and scores `[B]`, nan where there is no score; on the host.
 
-    Scores of a reward model lose `uncertainty_penalty` deviations of its heads.
+    The uncertainty is the deviation of the reward model's heads; scores lose `uncertainty_penalty` of it.
     `value`: ModelConfig and params that give the values; without them these are None.
     """
     settings, shape = getattr(context.config, stage), context.config.model
@@ -68,8 +68,9 @@ def measure(context, stage: str, reference: Model, source: Source, rollouts: Rol
         None if column[0] is None else np.concatenate(column) for column in zip(*columns, strict=True)
     )
     if scores is None:
-        return ref_logprobs, old_values, text_scores(context, stage, source, rollouts)
-    return ref_logprobs, old_values, cautious(scores, settings.uncertainty_penalty)
+        scores = text_scores(context, stage, source, rollouts)
+        return ref_logprobs, old_values, np.zeros_like(scores), scores
+    return ref_logprobs, old_values, scores.std(axis=-1), cautious(scores, settings.uncertainty_penalty)
 
 
 @partial(jax.jit, static_argnames=("config", "value_config", "reward_config", "dtype", "attention"))

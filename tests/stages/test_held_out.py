@@ -1,11 +1,18 @@
 """What is said of a reward model on held-out pairs: rules beside it, parts of it, and what its heads know."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
-from cai_jax import statistics
+from cai_jax import load_model, reward_heads, statistics
+from cai_jax.config import Config, Mesh, Model
+from cai_jax.mesh import make_mesh, put_rows
+from cai_jax.provenance import row_seed
 from cai_jax.report import verdicts
 from cai_jax.stages.held_out import held_out_metrics
+from cai_jax.stages.reward_model import bootstrap_weights
+from cai_jax.stages.scoring import score_heads, score_texts
 
 
 def pairs_of(n: int, accuracy: float, rule: str = "", per_prompt: int = 1, heads: int = 1, seed: int = 0):
@@ -118,3 +125,34 @@ def test_a_gain_of_nothing_is_rarely_said_to_win():
         for _ in range(100)
     ]
     assert np.mean(said) < 0.05
+
+
+# heads
+
+
+def test_a_score_of_each_head_does_not_depend_on_what_is_scored_with_it():
+    model = load_model("random:llama", kind="reward", heads=3)
+    mesh = make_mesh(Mesh())
+    context = SimpleNamespace(
+        mesh=mesh, config=Config(model=Model("random:llama"), description="scores"),
+        put_rows=lambda batch: put_rows(mesh, batch),
+    )  # fmt: skip
+    rng = np.random.default_rng(0)
+    texts = [rng.integers(3, 200, n).tolist() for n in (5, 60, 70, 9)]
+    together = score_heads(context, model.config, model.params, texts)
+    assert together.shape == (4, 3)
+    np.testing.assert_allclose(score_heads(context, model.config, model.params, texts[::-1]), together[::-1], atol=1e-5)
+    one = reward_heads(model.config, model.params, [texts[1]])
+    np.testing.assert_allclose(together[1], one[0], atol=2e-5)
+    means = score_texts(context, model.config, model.params, texts)
+    np.testing.assert_allclose(means, together.mean(axis=1), atol=1e-6)
+
+
+def test_the_sample_of_a_head_is_a_poisson_bootstrap_that_the_pair_alone_decides():
+    context = SimpleNamespace(row_seed=lambda *parts: row_seed(7, *parts))
+    pairs = [{"id": f"p{i}"} for i in range(1500)]
+    weights = bootstrap_weights(context, pairs, 4)
+    np.testing.assert_array_equal(bootstrap_weights(context, pairs[::-1], 4)[::-1], weights)
+    np.testing.assert_array_equal(bootstrap_weights(context, pairs, 2), weights[:, :2])
+    assert np.abs(weights.mean(axis=0) - 1).max() < 0.1 and np.abs(weights.var(axis=0) - 1).max() < 0.2
+    assert np.abs(np.corrcoef(weights.T) - np.eye(4)).max() < 0.1

@@ -240,22 +240,29 @@ def test_two_runs_in_one_folder_are_refused(copy):
         first.communicate()
 
 
-def test_an_ensemble_goes_from_labels_to_ppo_and_survives_a_kill(finished, copy, tmp_path):
-    flags = ["--reward_model.heads=3", "--reward_model.margin=0.3", "--ppo.uncertainty_penalty=0.5"]
-    selected = ["--stages=reward_model,ppo", *flags]
-    killed = Path(shutil.copytree(finished, tmp_path / "killed"))
-    for stage in ("reward_model", "ppo"):
-        shutil.rmtree(killed / stage)
-    result = launch(copy, "--fresh", *selected)
+ENSEMBLE = ("--stages=reward_model,ppo", "--set=reward_model.heads=3", "--set=reward_model.margin=0.3",
+            "--set=ppo.uncertainty_penalty=0.5")  # fmt: skip
+
+
+def test_an_ensemble_goes_from_labels_to_ppo(copy):
+    result = launch(copy, "--fresh", *ENSEMBLE)
     assert result.returncode == 0, result.stderr
     found = summary(copy, "reward_model")
     assert found["heads"] == 3 and found["held_out"]["uncertainty"] > 0 and found["verdict"] in result.stderr
     assert load_model(copy / "reward_model" / "model").params["score"].shape[1] == 3
     lines = [json.loads(line) for line in open(copy / "ppo" / "metrics.jsonl")]
     assert all(line["uncertainty"] > 0 for line in lines)
-    kill_in("reward_model", killed, *selected)
-    assert launch(killed, *selected).returncode == 0
+
+
+@pytest.mark.slow
+def test_an_ensemble_survives_a_kill(finished, copy, tmp_path):
+    killed = Path(shutil.copytree(finished, tmp_path / "killed"))
+    for stage in ("reward_model", "ppo"):
+        shutil.rmtree(killed / stage)
+    assert launch(copy, "--fresh", *ENSEMBLE).returncode == 0
+    kill_in("reward_model", killed, *ENSEMBLE)
+    assert launch(killed, *ENSEMBLE).returncode == 0
     assert_same_artifacts(copy, killed)
     start = shutil.copytree(copy / "reward_model" / "model", tmp_path / "start")
-    refused = launch(copy, "--fresh", "--stages=reward_model", f"--reward_model.start={start}")
+    refused = launch(copy, "--fresh", "--stages=reward_model", f"--set=reward_model.start={start}")
     assert refused.returncode == 2 and "3 score head(s), not the 1" in refused.stderr, refused.stderr

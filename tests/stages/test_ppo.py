@@ -85,6 +85,15 @@ def test_the_value_loss_is_of_the_value_without_the_bias(frozen, rollouts):
     assert float(sums["value_loss"]) / float(count) == pytest.approx(errors.mean() / 2, rel=1e-4)
 
 
+def test_disagreement_of_an_ensemble_is_taken_off_the_score(frozen, rollouts):
+    ensemble = replace(frozen, source=Source("model", load_model("random:llama", kind="reward", seed=3, heads=3)))
+    (_, free, _), (_, paid, _) = (scored(ensemble, rollouts, 0.0, uncertainty_penalty=p) for p in (0.0, 2.0))
+    assert float(free["uncertainty"]) > 0.1
+    assert float(free["score"]) - float(paid["score"]) == pytest.approx(2 * float(free["uncertainty"]), rel=1e-4)
+    (_, alone, _), (_, plain, _) = (scored(frozen, rollouts, 0.0, uncertainty_penalty=p) for p in (2.0, 0.0))
+    assert float(alone["uncertainty"]) == 0 and float(alone["score"]) == float(plain["score"])
+
+
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_a_step_makes_what_has_advantage_likelier(frozen, rollouts, sign):
     batch, *_ = scored(frozen, rollouts, 0.0)
