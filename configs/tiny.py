@@ -47,5 +47,23 @@ def config() -> c.Config:
             optimizer=optimizer,
             checkpoint_every=1,
         ),
+        dpo=c.Dpo(
+            epochs=2,
+            batch_size=2,
+            max_length=256,
+            held_out=0.25,
+            rows_per_shard=2,
+            optimizer=optimizer,
+            checkpoint_every=1,
+        ),
+        best_of_n=c.BestOfN(
+            n=3,
+            response=few_tokens,
+            rows_per_shard=2,
+            batch_size=2,
+            sequence_length=256,
+            optimizer=optimizer,
+            checkpoint_every=1,
+        ),
         evaluate=c.Evaluate(response=c.Sampling(temperature=0.0, max_new_tokens=8), rows_per_shard=4),
     )

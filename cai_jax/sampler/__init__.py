@@ -1,8 +1,11 @@
 """The one jitted batched sampler: response, critique, revision, pair, rollout and label all go through it."""
 
 from cai_jax.config import Sampling
-from cai_jax.sampler.best_of import best_of_n, several
+from cai_jax.sampler.best_of import best_of_n, expected_best, kl_bound, several
 from cai_jax.sampler.engine import Counts, Sampler
 from cai_jax.sampler.requests import Generate, Row, Sample, Score
 
-__all__ = ["Counts", "Generate", "Row", "Sample", "Sampler", "Sampling", "Score", "best_of_n", "several"]
+__all__ = [
+    "Counts", "Generate", "Row", "Sample", "Sampler", "Sampling", "Score", "best_of_n", "expected_best", "kl_bound",
+    "several",
+]  # fmt: skip

@@ -18,10 +18,19 @@ INPUTS = {
     "preferences": {"sft": "policy"},
     "reward_model": {"preferences": "", "sft": "start"},
     "ppo": {"sft": "policy", "reward_model": "reward_model"},
-    "evaluate": {"sft": "sft", "reward_model": "reward_model", "ppo": "rl"},
-}
+    "dpo": {"preferences": "", "sft": "policy"},
+    "best_of_n": {"sft": "policy", "reward_model": "reward_model"},
+    "evaluate": {
+        "sft": "sft", "reward_model": "reward_model", "ppo": "rl", "dpo": "dpo", "best_of_n": "best_of_n",
+        "grpo": "grpo",
+    },
+}  # fmt: skip
 COMPARES_WHAT_THERE_IS = ("evaluate",)
-_KINDS = {"sft": "policy", "reward_model": "reward", "ppo": "policy"}  # of the models that stages leave
+# Of the models that stages leave.
+_KINDS = {
+    "sft": "policy", "reward_model": "reward", "ppo": "policy", "dpo": "policy", "best_of_n": "policy",
+    "grpo": "policy",
+}  # fmt: skip
 _TRAIN_SETS = ("red_team", "helpful")
 _EVAL_SETS = ("eval_red_team", "eval_helpful", "eval_look_alike")
 
@@ -31,6 +40,11 @@ def sources(config: Config, stage: str) -> dict[str, str]:
     if stage == "sft" and "revisions" not in parse_mixer(config.sft.mixer):
         return {}
     return INPUTS[stage]
+
+
+def best_of_n_is_a_model(config: Config) -> bool:
+    """Whether the evaluation has a model of best-of-n; else it is a way to answer, and draws n answers itself."""
+    return config.best_of_n.distill or bool(config.evaluate.best_of_n)
 
 
 def override_of(config: Config, stage: str, source: str) -> str:
@@ -73,7 +87,7 @@ def check_models(config: Config, run_dir: Path) -> None:
     made = {"critique_revision": None, "preferences": None, "sft": base}  # what selected stages will leave
     for stage in config.stages:
         models = {source: _input(config, run_dir, stage, source, made) for source in sources(config, stage)}
-        if stage in ("reward_model", "ppo"):
+        if stage in ("reward_model", "ppo", "dpo", "best_of_n"):
             made[stage] = models["sft"]
         if check := _CHECKS.get(stage):
             check(config, base, models)
@@ -85,6 +99,8 @@ def _input(config: Config, run_dir: Path, stage: str, source: str, made: dict) -
     if override := override_of(config, stage, source):
         _check_apart(config, run_dir, override)
         model = check_model(override, "reward" if is_start else kind, new_head=is_start)
+    elif source == "best_of_n" and not config.best_of_n.distill:
+        return None
     elif source in config.stages:
         return made[source]
     elif StageFolder(run_dir, source).done() is not None:
@@ -159,8 +175,18 @@ def _check_ppo(config: Config, base: ModelInfo, models: dict) -> None:
     _check_length("ppo.max_prompt_tokens + ppo.response.max_new_tokens", longest, models["reward_model"])
 
 
+def _check_dpo(config: Config, base: ModelInfo, models: dict) -> None:
+    _check_length("dpo.max_length", config.dpo.max_length, models["sft"])
+
+
+def _check_best_of_n(config: Config, base: ModelInfo, models: dict) -> None:
+    _check_same_ids(models["sft"], models["reward_model"])
+    if config.best_of_n.distill:
+        _check_length("best_of_n.sequence_length", config.best_of_n.sequence_length, models["sft"])
+
+
 def _check_evaluate(config: Config, base: ModelInfo, models: dict) -> None:
-    policies = [base, *(models[name] for name in ("sft", "ppo") if models[name])]
+    policies = [base, *(model for name, model in models.items() if model and name != "reward_model")]
     readers = [base, *([models["reward_model"]] if models["reward_model"] else [])]
     for writer in policies:
         for reader in readers:
@@ -172,5 +198,7 @@ _CHECKS = {
     "preferences": _check_preferences,
     "reward_model": _check_reward_model,
     "ppo": _check_ppo,
+    "dpo": _check_dpo,
+    "best_of_n": _check_best_of_n,
     "evaluate": _check_evaluate,
 }

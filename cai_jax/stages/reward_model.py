@@ -22,7 +22,7 @@ def run(context, folder) -> dict:
     settings = context.config.reward_model
     model = context.load_from("sft", settings.start, "reward", new_head=True, seed=context.config.seed)
     rows = context.folder("preferences").read_shards()
-    pairs, counters, skipped = _pairs(model.tokenizer, rows, settings.max_length)
+    pairs, counters, skipped = token_pairs(model.tokenizer, rows, settings.max_length)
     train, held_out = split_by_prompt(pairs, settings.held_out)
     if not train:
         raise UserError(
@@ -48,7 +48,7 @@ def run(context, folder) -> dict:
     }
 
 
-def _pairs(tokenizer, rows, max_length):
+def token_pairs(tokenizer, rows, max_length):
     """Labelled pairs as token ids, and what was left out by name."""
     counters = {"identical_responses": 0, "too_long": 0}
     end = turn_end_id(tokenizer)
@@ -68,9 +68,11 @@ def _pairs(tokenizer, rows, max_length):
             counters[reason] += 1
             skipped.append({"id": row["id"], "reason": reason.replace("_", " ")})
         else:
-            pairs.append(
-                {"prompt_id": row["prompt_id"], "tokens": (prompt, *responses), "probability": row["probability_a"]}
-            )
+            pairs.append({
+                **{key: row[key] for key in ("id", "prompt_id")},
+                "tokens": (prompt, *responses),
+                "probability": row["probability_a"],
+            })
     return pairs, counters, skipped
 
 
