@@ -130,7 +130,7 @@ def models_of(config: Config) -> dict[str, tuple[ModelConfig, str]]:
     models = {"model.source": base}
     named = {
         "preferences": ("policy", "judge"), "reward_model": ("start",), "ppo": ("policy", "reward_model"),
-        "evaluate": ("rl", "reward_model"),
+        "dpo": ("policy",), "best_of_n": ("policy", "reward_model"), "evaluate": ("rl", "reward_model"),
     }  # fmt: skip
     for stage, fields in named.items():
         for field in fields if stage in config.stages else ():

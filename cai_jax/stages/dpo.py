@@ -35,8 +35,8 @@ def run(context, folder) -> dict:
     counters["tie"] = len(usable) - len(used)
     if not trained_on:
         raise UserError(
-            f"dpo: of {len(rows)} pairs {len(usable)} can be used, {counters['tie']} of them are ties: too few to train "
-            "on and hold out; add prompts, raise dpo.max_length, or set dpo.soft_labels=true to take ties in"
+            f"dpo: of {len(rows)} pairs {len(usable)} can be used, {counters['tie']} of them are ties: too few to "
+            "train on and hold out; add prompts, raise dpo.max_length, or set dpo.soft_labels=true to take ties in"
         )
     _keep_reference(context, folder, model, trained_on, held_out)
     params, metrics = _train(context, folder, model, trained_on, held_out)
