@@ -16,9 +16,18 @@ TITLES = {
     "preferences": "AI preference labels",
     "reward_model": "Reward model",
     "ppo": "PPO",
+    "dpo": "DPO",
+    "best_of_n": "Best-of-n",
     "evaluate": "Evaluation",
 }
-MODELS = {"base": "base", "sl_cai": "SL-CAI", "rl_cai": "RL-CAI"}
+MODELS = {
+    "base": "base",
+    "sl_cai": "SL-CAI",
+    "rl_cai": "RL-CAI",
+    "dpo": "DPO",
+    "best_of_n": "best-of-n",
+    "grpo": "GRPO",
+}
 SETS = {"red_team": "unsafe", "look_alike": "safe look-alikes", "helpful": "helpful"}
 
 
