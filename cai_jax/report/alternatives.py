@@ -101,9 +101,9 @@ def _moved(run: Run, held_out: dict) -> str:
 
 def _reference_wrote_the_pairs(run: Run) -> bool:
     sampling = run.resolved("preferences.response")
-    same = run.resolved("preferences.policy", "") == run.resolved("dpo.policy", "")
-    plain = isinstance(sampling, dict) and all(sampling.get(k, default) == default for k, default in PLAIN_DRAWS.items())
-    return same and plain
+    if not isinstance(sampling, dict) or run.resolved("preferences.policy", "") != run.resolved("dpo.policy", ""):
+        return False
+    return all(sampling.get(name, plain) == plain for name, plain in PLAIN_DRAWS.items())
 
 
 def best_of_n(run: Run, titles: dict[str, str]) -> list:
@@ -116,8 +116,8 @@ def best_of_n(run: Run, titles: dict[str, str]) -> list:
     ]
     return [
         paragraph(
-            f"The SL-CAI model answers each prompt {count(n)} times, and the reward model's favourite counts. It takes no"
-            " training, and choosing moves the answers away from the model by a KL of at most log n − (n − 1) / n: a"
+            f"The SL-CAI model answers each prompt {count(n)} times, and the reward model's favourite counts. It takes"
+            " no training, and choosing moves the answers away from the model by a KL of at most log n − (n − 1) / n: a"
             " trained policy is worth its training where it reaches a higher score at the same KL."
         ),
         facts(
@@ -159,7 +159,7 @@ def _tokens(value) -> str:
 
 def _curve_table(curve: list[dict]) -> Html:
     rows = [
-        [count(point.get("n")), number(point.get("kl_bound")), estimate_cell(point.get("score"), number)] for point in curve
+        [count(point.get("n")), number(point.get("kl_bound")), estimate_cell(point.get("score"))] for point in curve
     ]
     return table(["n", "KL, at most, nats", "score of the best"], rows)
 

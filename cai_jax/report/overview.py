@@ -124,7 +124,7 @@ def _of_draws(run: Run, models: dict) -> Html | None:
     if "best_of_n" not in models or not known(draws) or draws < 2:
         return None
     return paragraph(
-        f"Best-of-n here: the best of {count(draws)} answers of SL-CAI, sampled as the config's best_of_n.response says,"
+        f"Best-of-n here: the best of {count(draws)} answers of SL-CAI, drawn as the config's best_of_n.response says,"
         " by the score of the reward model. Its margin is SL-CAI's own. To its log-ratio the most that choosing can add"
         " to the KL is added."
     )

@@ -26,7 +26,7 @@ def headlines(models: dict[str, dict]) -> list[str]:
 
 
 def _change(models: dict, name: str) -> str:
-    """The refusals of the first model on a set beside those of each that is an end: SL-CAI only where it is the last."""
+    """The refusals of the first model on a set beside those of each later one; of SL-CAI only where it is the last."""
     first, *others = models
     before = of_set(models[first], name).get("refusal")
     ends = [model for model in others if model != "sl_cai"] or others

@@ -15,12 +15,13 @@ import pytest
 from event_files import event_files, scalars
 from run_folders import artifacts
 
-from cai_jax.config import STAGES
 from cai_jax.models import lora
 from cai_jax.models.adapters import load_adapter
 from cai_jax.models.families import flatten
 from cai_jax.models.pretrained import load_model
+from cai_jax.named_runs import load_config
 
+STAGES = load_config("tiny")[1].stages
 COMMAND = [sys.executable, "-m", "cai_jax.launch", "--config=tiny"]
 # In each stage, a file whose appearance says that the stage is under way and far from done.
 MIDDLES = {
@@ -31,6 +32,7 @@ MIDDLES = {
     "ppo": "checkpoints/[0-9]",
     "evaluate": "rows-base-00000-of-*.jsonl",
 }
+OTHERS = {"dpo": "checkpoints/[0-9]", "best_of_n": "checkpoints/[0-9]"}  # the same for stages that it has when asked
 
 
 def launch(run_dir: Path, *flags: str) -> subprocess.CompletedProcess:
@@ -64,7 +66,7 @@ def kill_in(stage: str, run_dir: Path, *flags: str) -> None:
         start_new_session=True,
     )  # fmt: skip
     deadline = time.monotonic() + 300
-    while not list((run_dir / stage).glob(MIDDLES[stage])):
+    while not list((run_dir / stage).glob((MIDDLES | OTHERS)[stage])):
         assert process.poll() is None, f"{stage} ended before its middle: {process.stderr.read().decode()}"
         assert time.monotonic() < deadline
         time.sleep(0.005)
@@ -86,7 +88,8 @@ def test_every_stage_leaves_its_artifacts_and_the_report_shows_them(finished):
         timing = json.loads((finished / stage / "timing.json").read_text())
         assert timing["peak_memory_bytes"] > 2**20
     assert 3 <= timing["sampler_programs_so_far"] <= 12
-    assert "not run yet" not in report and "Verifiable principles" in report
+    assert "not run yet" not in report and report.count("not asked for") == len(OTHERS)
+    assert "Verifiable principles" in report
     assert set(summary(finished, "evaluate")["models"]) == {"base", "sl_cai", "rl_cai"}
 
 
@@ -151,6 +154,61 @@ def test_adapters_run_through_all_stages_and_survive_a_kill(finished, tmp_path):
         kill_in(stage, killed, *flags)
     assert launch(killed, *flags).returncode == 0
     assert_same_artifacts(whole, killed)
+
+
+def test_alternatives_learn_from_the_same_data_and_survive_a_kill(finished, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for run_dir in (whole, killed):
+        for stage in STAGES[:-1]:
+            shutil.copytree(finished / stage, run_dir / stage)
+    flags = ("--stages=dpo,best_of_n,evaluate", "--set=best_of_n.distill=true", "--set=checkpoints.export=best")
+    result = launch(whole, *flags)
+    assert result.returncode == 0, result.stderr
+    for stage in ("dpo", "best_of_n"):
+        kill_in(stage, killed, *flags)
+    assert launch(killed, *flags).returncode == 0
+    assert_same_artifacts(whole, killed)
+    models = summary(whole, "evaluate")["models"]
+    assert list(models) == ["base", "sl_cai", "rl_cai", "dpo", "best_of_n"]
+    assert "could not be drawn" not in (whole / "report.html").read_text()
+
+    learnt = summary(whole, "dpo")
+    metrics = [json.loads(line) for line in open(whole / "dpo" / "metrics.jsonl")]
+    assert metrics[0]["loss"] == pytest.approx(np.log(2), abs=1e-6), "policy and reference start as one"
+    assert metrics[0]["margin"] == pytest.approx(0, abs=1e-5) and learnt["last_loss"] < learnt["first_loss"]
+    rows = [json.loads(line) for path in sorted((whole / "dpo").glob("reference-*")) for line in open(path)]
+    assert sum(row["held_out"] for row in rows) == learnt["held_out"]["n"]
+    labels = [json.loads(line) for path in (whole / "preferences").glob("rows-*") for line in open(path)]
+    prefers_a = {row["id"]: row["probability_a"] >= 0.5 for row in labels}
+    assert all((row["chosen"] == "a") == prefers_a[row["id"]] for row in rows)
+    assert len(rows) + learnt["counters"]["tie"] + learnt["counters"]["identical_responses"] == len(labels)
+
+    best = summary(whole, "best_of_n")
+    assert best["best"]["value"] > best["first"]["value"] and best["curve"][-1]["score"] == best["best"]
+    assert best["distillation"]["last_loss"] > 0 and (whole / "best_of_n" / "model").is_dir()
+    models = [load_model(whole / stage / "model").params["layers"]["q"] for stage in ("sft", "dpo", "best_of_n")]
+    assert all(np.abs(after - models[0]).max() > 1e-5 for after in models[1:])
+
+
+def test_best_of_n_that_is_not_distilled_answers_by_choice(finished, tmp_path):
+    run_dir = tmp_path / "run"
+    for stage in ("sft", "reward_model"):
+        shutil.copytree(finished / stage, run_dir / stage)
+    flags = ("--set", "evaluate.response.temperature=1.0")
+    assert launch(run_dir, "--stages=best_of_n,evaluate", *flags).returncode == 0
+    assert not (run_dir / "best_of_n" / "model").exists()
+    by_model = {
+        name: [json.loads(line) for path in sorted((run_dir / "evaluate").glob(f"rows-{name}-*")) for line in open(path)]
+        for name in ("sl_cai", "best_of_n")
+    }
+    assert all(best["reward"] >= first["reward"] for first, best in zip(*by_model.values(), strict=True))
+    assert any(best["reward"] > first["reward"] for first, best in zip(*by_model.values(), strict=True))
+    for first, best in zip(*by_model.values(), strict=True):
+        assert (first["id"], first["margin"]) == (best["id"], pytest.approx(best["margin"]))
+        same = first["response"] == best["response"]
+        assert not same or best["kl"] == pytest.approx(first["kl"] + np.log(3) - 2 / 3, abs=1e-3)
+    changed = launch(run_dir, "--stages=evaluate", *flags, "--set", "best_of_n.n=2")
+    assert changed.returncode == 2 and "best_of_n.n 3 -> 2" in changed.stderr
 
 
 def test_a_finished_run_does_nothing_again(copy):
