@@ -36,7 +36,7 @@ def test_the_summary_says_what_choosing_wins_and_what_it_does_to_lengths():
     assert (found["prompts"], found["n"]) == (2, 4)
     assert (found["first"]["value"], found["best"]["value"], found["gain"]["value"]) == (1.5, 3.0, 1.5)
     assert [point["n"] for point in found["curve"]] == [1, 2, 4]
-    assert [point["score"]["value"] for point in found["curve"]] == pytest.approx([1.5, 2 + 1 / 6, 3.0])
+    assert [point["score"]["value"] for point in found["curve"]] == pytest.approx([1.5, 14 / 6, 3.0])
     assert (found["length"]["value"], found["chosen_length"]["value"]) == (2.5, 2.5)
     assert found["counters"] == {"chosen_truncated": 0, "chosen_empty": 0, "all_alike": 0}
 

@@ -197,10 +197,8 @@ def test_best_of_n_that_is_not_distilled_answers_by_choice(finished, tmp_path):
     flags = ("--set", "evaluate.response.temperature=1.0")
     assert launch(run_dir, "--stages=best_of_n,evaluate", *flags).returncode == 0
     assert not (run_dir / "best_of_n" / "model").exists()
-    by_model = {
-        name: [json.loads(line) for path in sorted((run_dir / "evaluate").glob(f"rows-{name}-*")) for line in open(path)]
-        for name in ("sl_cai", "best_of_n")
-    }
+    files = {name: sorted((run_dir / "evaluate").glob(f"rows-{name}-*")) for name in ("sl_cai", "best_of_n")}
+    by_model = {name: [json.loads(line) for path in paths for line in open(path)] for name, paths in files.items()}
     assert all(best["reward"] >= first["reward"] for first, best in zip(*by_model.values(), strict=True))
     assert any(best["reward"] > first["reward"] for first, best in zip(*by_model.values(), strict=True))
     for first, best in zip(*by_model.values(), strict=True):
