@@ -144,7 +144,8 @@ def test_a_value_out_of_range_is_refused_by_field(override):
     "critique_revision.response.temperature=0", "critique_revision.response.top_p=0.01",
     "critique_revision.response.min_p=0", "sft.optimizer.warmup_fraction=0", "ppo.gamma=1", "ppo.lam=0",
     "ppo.max_prompt_tokens=896", "evaluate.response.max_new_tokens=1023", "sft.microbatches=8",
-    "dpo.smoothing=0.499", "best_of_n.n=2", "stages=evaluate", "stages=sft,ppo", "stages=dpo,best_of_n", "lora.rank=1", "lora.targets=v", "ppo.frozen_dtype=int8",
+    "dpo.smoothing=0.499", "best_of_n.n=2", "stages=dpo,best_of_n", "stages=evaluate", "stages=sft,ppo", "lora.rank=1",
+    "lora.targets=v", "ppo.frozen_dtype=int8",
 ])
 def test_a_value_on_the_edge_of_its_range_is_taken(override):
     validate(apply_overrides(base(), [override]))

@@ -520,6 +520,17 @@ def test_missing_stages_say_so(tmp_path, no_plots, present):
     assert ("There is no result to show" in page) == ("evaluate" not in present)
 
 
+def test_stages_that_a_run_need_not_have_are_shown_where_it_has_or_wants_them(tmp_path, no_plots):
+    run = FakeRun(tmp_path)
+    run.config()
+    run.edit("config.json", lambda content: content["config"].update(stages=["sft", "dpo"]))
+    page, seen = render(run.folder)
+    assert {"sft", "ppo", "dpo"} <= set(seen.ids) and "best_of_n" not in seen.ids and "Best-of-n" not in seen.words
+    assert seen.words.count("not asked for") == len(STAGES) - 3  # every other one but best-of-n
+    run.best_of_n()
+    assert "best_of_n" in render(run.folder)[1].ids
+
+
 def test_unfinished_stage_shows_what_there_is(tmp_path, no_plots):
     run = FakeRun(tmp_path).everything()
     for name in ("summary.json", "done.json", "timing.json"):
