@@ -6,8 +6,10 @@ from pathlib import Path
 
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")  # of every layer
 LABELERS = ("options", "thought", "contrast", "rating", "rule", "external")
-STAGES = ("critique_revision", "sft", "preferences", "reward_model", "ppo", "grpo", "evaluate")
-OPTIONAL = ("grpo",)  # stages that a run has where its config names them
+STAGES = (
+    "critique_revision", "sft", "preferences", "reward_model", "ppo", "dpo", "best_of_n", "grpo", "evaluate",
+)  # fmt: skip
+OPTIONAL = ("dpo", "best_of_n", "grpo")  # stages that a run has where its config names them
 
 
 @dataclass(frozen=True)
@@ -277,6 +279,47 @@ class Ppo:
 
 
 @dataclass(frozen=True)
+class Dpo:
+    """Direct preference optimization on the labelled pairs, no reward model; sources beside objectives/dpo.py."""
+
+    policy: str = ""  # where policy and reference start; "": the SL-CAI model of this run
+    kind: str = "sigmoid"  # sigmoid | ipo | hinge | robust
+    beta: float = 0.1  # how strongly the policy is tied to the reference
+    smoothing: float = 0.0  # share of labels taken to be wrong; for sigmoid (conservative DPO) and robust
+    soft_labels: bool = False  # sigmoid only: a label's probability is the target, and ties count too
+    epochs: int = 1
+    batch_size: int = 16  # pairs a step
+    microbatches: int = 1
+    max_length: int = 512  # of a pair: the prompt and both responses, tokens
+    held_out: float = 0.2  # share of prompts kept for the evaluation of the model
+    rows_per_shard: int = 256  # of the reference's log-probs
+    optimizer: Optimizer = Optimizer(learning_rate=1e-6)
+    checkpoint_every: int = 50
+
+
+@dataclass(frozen=True)
+class BestOfN:
+    """The best of n answers by the reward model: what PPO is to be measured by, as it needs no training.
+
+    Without `distill` it is a way to answer: `evaluate` draws n answers to each of its prompts. With it, the SL-CAI
+    model is fine-tuned on the best answers.
+    """
+
+    policy: str = ""  # model that answers; "": the SL-CAI model of this run
+    reward_model: str = ""  # "": the reward model of this run
+    n: int = 8  # answers a prompt
+    response: Sampling = Sampling(max_new_tokens=128)
+    rows_per_shard: int = 64
+    distill: bool = False
+    epochs: int = 1  # of the distillation, like all that follows
+    batch_size: int = 8  # packed sequences a step
+    microbatches: int = 1
+    sequence_length: int = 512
+    optimizer: Optimizer = Optimizer(learning_rate=1e-5)
+    checkpoint_every: int = 50
+
+
+@dataclass(frozen=True)
 class Grpo:
     """GRPO (Shao et al. 2024, arXiv 2402.03300): a response is compared with others to its prompt, no value model."""
 
@@ -311,16 +354,19 @@ class Checkpoints:
 
     keep: int = 1  # the last so many
     export: str = "last"  # which state becomes the model. best: of the states at checkpoints and at the end, the one of
-    # the lowest mean training loss since the checkpoint before (sft), the lowest loss on the held-out pairs
-    # (reward_model; its held-out numbers are then those of a choice made on them), the highest mean reward (ppo)
+    # the lowest mean training loss since the checkpoint before (sft, best_of_n), the lowest loss on the held-out pairs
+    # (reward_model, dpo; the held-out numbers are then those of a choice made on them), the highest mean reward (ppo)
 
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Base, SL-CAI and RL-CAI side by side on prompts that no stage has trained on."""
+    """The models that there are side by side, from the base on, on prompts that no stage has trained on."""
 
     sft: str = ""  # "": the SL-CAI model of this run
     rl: str = ""  # "": the RL-CAI model of this run
+    dpo: str = ""  # "": the DPO model of this run
+    best_of_n: str = ""  # "": the best of n of this run, or the model distilled from it
+    grpo: str = ""  # "": the GRPO model of this run
     reward_model: str = ""  # "": the reward model of this run
     response: Sampling = Sampling(temperature=0.0, max_new_tokens=128)
     rows_per_shard: int = 64
@@ -355,6 +401,8 @@ class Config:
     preferences: Preferences = Preferences()
     reward_model: RewardModel = RewardModel()
     ppo: Ppo = Ppo()
+    dpo: Dpo = Dpo()
+    best_of_n: BestOfN = BestOfN()
     grpo: Grpo = Grpo()
     evaluate: Evaluate = Evaluate()
 

@@ -23,6 +23,7 @@ def validate(config: Config) -> None:
     _check_sampling(config)
     _check_lengths(config)
     _check_external(config)
+    _check_dpo(config.dpo)
     parse_mixer(config.sft.mixer)
     for name in REINFORCED:
         frozen_dtype = getattr(config, name).frozen_dtype
@@ -86,7 +87,8 @@ def _check_mesh(mesh: c.Mesh) -> None:
 
 
 def _check_batches(config: Config) -> None:
-    for name, section in (("sft", config.sft), ("reward_model", config.reward_model)):
+    for name in ("sft", "reward_model", "dpo", "best_of_n"):
+        section = getattr(config, name)
         if section.batch_size % section.microbatches:
             raise UserError(f"{name}.batch_size ({section.batch_size}) must be a multiple of "
                             f"{name}.microbatches ({section.microbatches})")
@@ -116,6 +118,8 @@ def _check_sampling(config: Config) -> None:
     if config.preferences.response.temperature == 0:
         raise UserError("preferences.response.temperature must be above 0: "
                         "the two responses of a greedy pair are the same")
+    if config.best_of_n.response.temperature == 0:
+        raise UserError("best_of_n.response.temperature must be above 0: n greedy answers are the same")
     # The ratio of PPO compares log-probs of the whole distribution; a filtered rollout comes from another.
     for section in REINFORCED:
         response, whole = getattr(config, section).response, c.Sampling()
@@ -126,6 +130,15 @@ def _check_sampling(config: Config) -> None:
             if getattr(response, name) != getattr(whole, name):
                 raise UserError(f"{section}.response.{name} must be {getattr(whole, name)} (off): "
                                 f"{section.upper()} samples from the whole distribution")
+
+
+def _check_dpo(dpo: c.Dpo) -> None:
+    if dpo.smoothing and dpo.kind not in ("sigmoid", "robust"):
+        raise UserError(f"dpo.smoothing ({dpo.smoothing}) must be 0 with dpo.kind={dpo.kind}: "
+                        "only sigmoid and robust have it")
+    if dpo.soft_labels and (dpo.kind != "sigmoid" or dpo.smoothing):
+        raise UserError("dpo.soft_labels goes with dpo.kind=sigmoid and dpo.smoothing=0: "
+                        "each label's probability is its smoothing")
 
 
 def _check_lengths(config: Config) -> None:
@@ -180,6 +193,7 @@ _SAMPLINGS = {
     "sft": ("helpful",),
     "preferences": ("response", "thought.reasoning"),
     "ppo": ("response",),
+    "best_of_n": ("response",),
     "grpo": ("response",),
     "evaluate": ("response",),
 }
@@ -321,6 +335,27 @@ _RULES = {
         "lam": _FROM_0_TO_1,
         "value_clip": _POSITIVE,
         "value_coef": _at_least(0),
+    },
+    c.Dpo: {
+        "kind": _one_of("sigmoid", "ipo", "hinge", "robust"),
+        "beta": _POSITIVE,
+        "smoothing": ((lambda value: 0 <= value < 0.5), "from 0 to below 0.5"),
+        "epochs": _at_least(1),
+        "batch_size": _at_least(1),
+        "microbatches": _at_least(1),
+        "max_length": _at_least(2),
+        "held_out": _BETWEEN_0_AND_1,
+        "rows_per_shard": _at_least(1),
+        "checkpoint_every": _at_least(1),
+    },
+    c.BestOfN: {
+        "n": _at_least(2),
+        "rows_per_shard": _at_least(1),
+        "epochs": _at_least(1),
+        "batch_size": _at_least(1),
+        "microbatches": _at_least(1),
+        "sequence_length": _at_least(2),
+        "checkpoint_every": _at_least(1),
     },
     c.Grpo: {**_OF_ROLLOUTS, "group": _at_least(2), "length_norm": _one_of("response", "limit")},
     c.Checkpoints: {"keep": _at_least(1), "export": _one_of("last", "best")},

@@ -139,7 +139,9 @@ def test_nested_and_flat_forms_say_the_same():
     "evaluate.response.max_new_tokens=1024", "critique_revision.critique.max_new_tokens=5000",
     "sft.microbatches=3", "reward_model.microbatches=5", "ppo.rollouts=63", "ppo.minibatches=3",
     "ppo.max_prompt_tokens=1000", "constitution=a\0b", "ppo.frozen_dtype=int4", "lora.alpha=0",
-    "lora.targets=", "lora.targets=q,embed", "lora.targets=q,q",
+    "lora.targets=", "lora.targets=q,embed", "lora.targets=q,q", "dpo.kind=sigmod", "dpo.beta=0", "dpo.smoothing=0.5",
+    "dpo.microbatches=3", "dpo.held_out=1", "best_of_n.n=1", "best_of_n.response.temperature=0",
+    "best_of_n.microbatches=3",
 ])
 def test_a_value_out_of_range_is_refused_by_field(override):
     config = apply_overrides(base(), [override])
@@ -157,7 +159,8 @@ def test_a_value_out_of_range_is_refused_by_field(override):
     "ppo.reward=judge", "ppo.reward=rule", "ppo.principles=all", "ppo.value_trunk=shared", "ppo.kl_per=sequence",
     "ppo.kl_target=6", "ppo.max_update_kl=0.1", "ppo.score_clip=3", "ppo.normalise_scores=true", "grpo.group=2",
     "grpo.length_norm=limit", "grpo.scale_advantages=false", "grpo.kl_coef=0", "stages=grpo", "stages=ppo,grpo",
-    "stages=evaluate", "stages=sft,ppo", "lora.rank=1", "lora.targets=v", "ppo.frozen_dtype=int8",
+    "dpo.smoothing=0.499", "best_of_n.n=2", "stages=dpo,best_of_n", "stages=evaluate", "stages=sft,ppo", "lora.rank=1",
+    "lora.targets=v", "ppo.frozen_dtype=int8",
 ])
 def test_a_value_on_the_edge_of_its_range_is_taken(override):
     validate(apply_overrides(base(), [override]))
@@ -167,6 +170,18 @@ def test_a_value_on_the_edge_of_its_range_is_taken(override):
     name for name, value in flatten(base()).items() if isinstance(value, (int, float)) and not isinstance(value, bool)])
 def test_no_number_goes_unchecked(name):
     assert name in error_of(validate, apply_overrides(base(), [f"{name}=-2"]))
+
+
+@pytest.mark.parametrize("overrides, told", [
+    (["dpo.kind=ipo", "dpo.smoothing=0.1"], "dpo.smoothing (0.1) must be 0 with dpo.kind=ipo"),
+    (["dpo.kind=hinge", "dpo.soft_labels=true"], "dpo.soft_labels goes with dpo.kind=sigmoid"),
+    (["dpo.kind=robust", "dpo.soft_labels=true"], "dpo.soft_labels goes with dpo.kind=sigmoid"),
+    (["dpo.smoothing=0.1", "dpo.soft_labels=true"], "dpo.smoothing=0"),
+])
+def test_labels_of_dpo_are_smoothed_in_one_way_where_the_loss_has_it(overrides, told):
+    assert told in error_of(validate, apply_overrides(base(), overrides))
+    validate(apply_overrides(base(), ["dpo.kind=robust", "dpo.smoothing=0.1"]))
+    validate(apply_overrides(base(), ["dpo.soft_labels=true"]))
 
 
 @pytest.mark.parametrize("stages, told", [
@@ -295,7 +310,7 @@ def test_a_config_file_that_is_not_utf8_is_refused(tmp_path):
 @pytest.mark.parametrize("asked, told", [
     ("tyni", "did you mean tiny?"),
     ("ppo7b", "did you mean ppo_7b?"),
-    ("zzzzzz", "named runs: cai_7b, "),
+    ("zzzzzz", "named runs: best_of_n_7b, cai_7b, "),
     ("configs/no/tiny.py", "no config file configs/no/tiny.py; did you mean tiny?"),
 ])
 def test_a_missing_config_names_the_nearest_and_the_rest(asked, told):

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from cai_jax import launch
-from cai_jax.config import STAGES
 from cai_jax.errors import UserError
 from cai_jax.named_runs import load_config
 from cai_jax.overrides import apply_overrides, flatten
@@ -74,7 +73,7 @@ def test_show_names_the_run_folder_that_would_be_used():
 
 
 @pytest.mark.parametrize("arguments, told", [
-    ([], "--config=NAME is missing; the named runs are cai_7b"),
+    ([], "--config=NAME is missing; the named runs are best_of_n_7b, cai_7b"),
     (["--confg=tiny"], "did you mean --config?"),
     (["--config"], "Missing value for flag --config"),
     (["--config=tyni"], "did you mean tiny?"),
@@ -156,7 +155,7 @@ def start(monkeypatch, tmp_path):
 def test_stages_run_in_order_then_the_report_is_named(start, tmp_path, capsys):
     fake = FakeContext()
     assert start(fake, "--config=tiny", "--set=seed=5") == 0
-    assert fake.calls == [("prepare", "tiny", "runs/tiny", False), *STAGES, "report"]
+    assert fake.calls == [("prepare", "tiny", "runs/tiny", False), *load_config("tiny")[1].stages, "report"]
     assert capsys.readouterr().out == "report: runs/tiny/report.html\n"
     written = read_json(tmp_path / "runs" / "tiny" / "config.json")
     assert written["name"] == "tiny" and written["parameters"] == 7

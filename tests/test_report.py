@@ -23,6 +23,7 @@ HOSTILE = (
     + "W" * 400
 )
 VOID = {"meta", "br"}
+LATER = ("dpo", "best_of_n", "grpo")  # models of an evaluation that has them all
 SECTIONS = ["results", "limits", "ran", *STAGES, "chains", "answers", "failures", "skipped", "config"]
 WORDS = (
     "I can not help with that, but here is a safer way to look at the question and what to ask a doctor or "
@@ -303,6 +304,47 @@ class FakeRun:
     def grpo(self) -> None:
         self.ppo("grpo", 0.0)
 
+    def dpo(self) -> None:
+        lines = [
+            {
+                "step": i + 1,
+                "loss": 0.69 - 0.01 * i,
+                "accuracy": 0.5 + 0.02 * i,
+                "margin": 0.05 * i,
+                "chosen_reward": -0.01 * i,
+                "rejected_reward": -0.06 * i,
+                "learning_rate": 1e-6,
+                "grad_norm": 3.0,
+                "pairs": 8,
+            }
+            for i in range(12)
+        ]
+        self.write("dpo/metrics.jsonl", lines)
+        held_out = {
+            "n": 20,
+            "ties": 2,
+            "loss": interval(0.61, 20, 0.05),
+            "accuracy": interval(0.75, 18),
+            "margin": interval(0.4, 20, 0.1),
+            "chosen_reward": interval(-0.2, 20, 0.1),
+            "rejected_reward": interval(-0.6, 20, 0.1),
+            "kl": interval(1.25, 20, 0.25),
+            "shorter_wins_accuracy": interval(0.6, 18),
+            "longer_wins_accuracy": interval(0.4, 18),
+        }
+        summary = {"kind": "sigmoid", "train_pairs": 76, "steps": 12, "first_loss": 0.69, "last_loss": 0.58}
+        self.finish("dpo", {**summary, "held_out": held_out}, 80.0)
+
+    def best_of_n(self) -> None:
+        curve = [
+            {"n": n, "kl_bound": math.log(n) - (n - 1) / n, "score": interval(0.3 * math.log(n), 48, 0.1)}
+            for n in (1, 2, 4, 6)
+        ]
+        means = {key: interval(value, 48, 0.1) for key, value in (("first", 0.02), ("best", 0.54), ("gain", 0.52))}
+        lengths = {"length": interval(40.0, 48, 3.0), "chosen_length": interval(31.0, 48, 3.0)}
+        summary = {"prompts": 48, "n": 6, "kl_bound": curve[-1]["kl_bound"], "curve": curve, **means, **lengths}
+        self.finish("best_of_n", summary, 60.0)
+
     def evaluate(self) -> None:
         refusal = {"base": (0.04, 0.0, 0.0), "sl_cai": (0.25, 0.12, 0.04), "rl_cai": (0.46, 0.21, 0.04)}
         rows, models = [], {}
@@ -351,6 +393,18 @@ class FakeRun:
         for stage in STAGES:
             getattr(self, stage)()
         return self
+
+    def everyone(self) -> "FakeRun":
+        """Six models in the evaluation in the place of three."""
+        self.everything()
+        self.edit("evaluate/summary.json", lambda content: self._add_models(content["models"]))
+        rows = [json.loads(line) for line in (self.folder / "evaluate/rows-00000-of-00001.jsonl").open()]
+        last = [row for row in rows if row["model"] == "rl_cai"]
+        self.write("evaluate/rows-00000-of-00001.jsonl", rows + [row | {"model": m} for m in LATER for row in last])
+        return self
+
+    def _add_models(self, models: dict) -> None:
+        models |= {model: models["rl_cai"] for model in reversed(LATER)}  # the report has an order of its own
 
     def edit(self, path: str, change) -> None:
         content = json.loads((self.folder / path).read_text())
@@ -426,6 +480,8 @@ def test_whole_run_has_every_section_once_and_in_order(whole):
         "ev-margin-rl_cai",
         "pref-orders",
         "cr-lengths",
+        "dpo-rewards",
+        "bon-score",
     ):
         assert f'id="{figure}-figure_1"' in page
 
@@ -437,7 +493,7 @@ def test_summary_shows_the_recorded_numbers(tmp_path, no_plots):
         in seen.words
     )
     assert "135 million parameters" in seen.words and "weak critic" in seen.words
-    assert "21 min 30 s" in seen.words  # the sum of all stages
+    assert "23 min 50 s" in seen.words  # the sum of all stages
     assert "2.10 GiB" in seen.words
     assert "does not beat the simple rule" in seen.words
     assert "In 65% of pairs it chose the same position both times" in seen.words
@@ -514,6 +570,17 @@ def test_missing_stages_say_so(tmp_path, no_plots, present):
     assert ("There is no result to show" in page) == ("evaluate" not in present)
 
 
+def test_stages_that_a_run_need_not_have_are_shown_where_it_has_or_wants_them(tmp_path, no_plots):
+    run = FakeRun(tmp_path)
+    run.config()
+    run.edit("config.json", lambda content: content["config"].update(stages=["sft", "dpo"]))
+    page, seen = render(run.folder)
+    assert {"sft", "ppo", "dpo"} <= set(seen.ids) and "best_of_n" not in seen.ids and "Best-of-n" not in seen.words
+    assert seen.words.count("not asked for") == len(STAGES) - 3  # every other one but best-of-n
+    run.best_of_n()
+    assert "best_of_n" in render(run.folder)[1].ids
+
+
 def test_unfinished_stage_shows_what_there_is(tmp_path, no_plots):
     run = FakeRun(tmp_path).everything()
     for name in ("summary.json", "done.json", "timing.json"):
@@ -537,7 +604,7 @@ def test_null_numbers_show_as_dashes(tmp_path):
             else [blank(each) for each in node] if isinstance(node, list) else node
         )
 
-    for stage in ("evaluate", "reward_model", "ppo", "sft"):
+    for stage in ("evaluate", "reward_model", "ppo", "sft", "dpo", "best_of_n"):
         for path in (run.folder / stage).glob("[sm]*.json*"):
             run.write(f"{stage}/{path.name}", [blank(json.loads(line)) for line in path.read_text().splitlines()])
     for name in ("refusal", "length"):
@@ -668,8 +735,8 @@ def test_verifiable_principles_show_the_shares_before_and_after(tmp_path, no_plo
 def test_flags_that_are_not_raised_have_no_badge(tmp_path, no_plots):
     _, seen = render(FakeRun(tmp_path).everything().folder)
     chains = seen.words[seen.words.index("From prompt to revision, row by row") :]
-    assert "revision_unchanged" in chains.split("The three models side by side")[0]
-    assert "critique_empty" not in chains.split("The three models side by side")[0]
+    assert "revision_unchanged" in chains.split("The models side by side")[0]
+    assert "critique_empty" not in chains.split("The models side by side")[0]
 
 
 def test_the_reward_is_named_after_the_model_that_gave_it(tmp_path, no_plots):
@@ -683,6 +750,65 @@ def test_the_reward_is_named_after_the_model_that_gave_it(tmp_path, no_plots):
     assert own not in words and "PPO was trained to raise that of this run's reward model." in words
     run.edit("config.json", lambda content: content["config"]["ppo"].update(reward_model="models/other"))
     assert own in render(run.folder)[1].words
+
+
+def test_six_models_stand_side_by_side_in_their_order(tmp_path):
+    run = FakeRun(tmp_path).everyone()
+    page, seen = render(run.folder)
+    assert "could not be drawn" not in page
+    labels = ["base", "SL-CAI", "RL-CAI", "DPO", "best-of-n", "GRPO"]
+    first_screen = page[page.index('id="results"') : page.index('id="limits"')]
+    heads = [re.findall(r"<th[^>]*>([^<]*)</th>", head) for head in re.findall(r"<thead>.*?</thead>", first_screen)]
+    assert heads == [["prompts", *labels]] * 2
+    assert (
+        "base 4% [0%, 12%], RL-CAI 46% [26%, 66%]. The intervals do not overlap. DPO 46% [26%, 66%]. The intervals do"
+        in seen.words
+    )
+    for model in ("base", "sl_cai", "rl_cai", *LATER):
+        assert f'id="ev-margin-{model}-figure_1"' in page
+    refusals = page[page.index('id="ev-refusal-figure_1"') :].split("</figure>")[0]
+    assert all(f">{label}<" in refusals for label in labels), "the legend names every model"
+    assert len(set(re.findall(r"fill: var\(--(c\d)\)", refusals))) == 6, "a colour of its own for each"
+    article = page[page.index('id="answers"') :].split("</article>")[0]
+    assert [heading.strip() for heading in re.findall(r"<h4>([^<]*)", article)] == labels
+
+
+def test_models_that_are_not_there_have_no_column(tmp_path, no_plots):
+    run = FakeRun(tmp_path).everyone()
+    run.edit("evaluate/summary.json", lambda content: [content["models"].pop(m) for m in ("rl_cai", "grpo")])
+    page, seen = render(run.folder)
+    assert "no model here was trained to raise it; best-of-n chooses by that of this run's reward model" in seen.words
+    assert "base 4% [0%, 12%], DPO 46%" in seen.words
+    assert "is then trained by PPO" not in seen.words and "without a reward model" in seen.words
+
+
+def test_best_of_n_says_what_its_numbers_are(tmp_path, no_plots):
+    run = FakeRun(tmp_path).everyone()
+    assert "Best-of-n here" not in render(run.folder)[1].words  # nothing is recorded of its draws: it is a model
+    run.edit("evaluate/summary.json", lambda content: content.update(draws={"base": 1, "best_of_n": 6}))
+    words = render(run.folder)[1].words
+    assert "the best of 6 answers of SL-CAI" in words and "Not distilled" in words
+    assert re.search(r"6 0\.96 0\.54 \[0\.44, 0\.64\]", words), "the last point of the curve"
+    run.edit("best_of_n/summary.json", lambda content: content.update(distillation={"examples": 47, "steps": 6}))
+    words = render(run.folder)[1].words
+    assert "Not distilled" not in words and "examples 47" in words
+
+
+def test_dpo_is_held_to_the_rules_and_to_its_reference(tmp_path, no_plots):
+    run = FakeRun(tmp_path).everything()
+    words = render(run.folder)[1].words
+    assert "the best simple rule (“the shorter response wins”) agrees with the label in 60%" in words
+    assert "The policy is not shown to beat the simple rule." in words
+    assert "Even the chosen responses have become less likely" in words
+    assert "1.25 [1.00, 1.50] nats, mean; no estimate of a KL" in words  # the draws are not recorded
+    run.edit("dpo/summary.json", lambda content: content["held_out"].update(accuracy=interval(0.95, 18)))
+    run.edit("dpo/summary.json", lambda content: content["held_out"].update(chosen_reward=interval(0.2, 18, 0.1)))
+    run.edit("config.json", lambda content: content["config"]["preferences"].update(response={"temperature": 1.0}))
+    words = render(run.folder)[1].words
+    assert "The policy beats the simple rule." in words and "Even the chosen" not in words
+    assert "nats, mean; as the SL-CAI model wrote these responses, that estimates the KL" in words
+    run.edit("config.json", lambda content: content["config"].update(dpo={"policy": "models/other"}))
+    assert "no estimate of a KL" in render(run.folder)[1].words
 
 
 @pytest.mark.parametrize(

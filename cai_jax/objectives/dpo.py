@@ -21,7 +21,7 @@ def terms(policy_chosen_B, policy_rejected_B, ref_chosen_B, ref_rejected_B, beta
         return ((1 - smoothing) * agree_B - smoothing * differ_B) / (1 - 2 * smoothing)
     if kind not in KINDS:
         raise ValueError(f"unknown kind of DPO loss {kind!r}: use one of {', '.join(KINDS)}")
-    if smoothing:
+    if jnp.ndim(smoothing) or smoothing:
         raise ValueError(f"the DPO loss {kind!r} has no label smoothing: use kind 'sigmoid' or 'robust'")
     if kind == "ipo":
         return jnp.square(gap_B - 1 / (2 * beta))
@@ -41,7 +41,9 @@ def loss(policy_chosen_B, policy_rejected_B, ref_chosen_B, ref_rejected_B, beta,
                      with probability e (Chowdhury et al. 2024, arXiv 2403.00409);
             ipo      (h - 1/(2 beta))^2 (Azar et al. 2023, arXiv 2310.12036);
             hinge    max(0, 1 - beta h) (Zhao et al. 2023, arXiv 2305.10425).
-      smoothing: e, below 0.5; for sigmoid and robust only.
+      smoothing: e, below 0.5, or e of each pair as [B]; for sigmoid and robust only. With 1 - p for a pair whose first
+        response is better with probability p, sigmoid learns from soft labels: it is then Bradley-Terry on beta times
+        the log-ratios, with p as its target. Robust divides by 1 - 2e, so its e must stay away from 0.5.
 
     Raises:
       ValueError: unknown kind, or smoothing for a kind that has none.

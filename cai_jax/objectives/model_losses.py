@@ -171,13 +171,15 @@ def dpo_objective(
 
     Batch: pairs as rows of `batches.pair_rows` whose first response is the chosen one: `tokens`, `positions`,
     `segments` `[B, T]`; `ref_logprobs` `[B, 2]`, the reference model's `pair_logprobs` of the same rows; `real` `[B]`
-    (0 for an empty row). The weight is the number of pairs; rewards are beta times the log-ratio to the reference.
+    (0 for an empty row); `smoothing` `[B]` in the place of the one number, where labels are soft. The weight is the
+    number of pairs; rewards are beta times the log-ratio to the reference.
     """
 
     def objective(params, batch):
         logprobs_B2 = pair_logprobs(config, params, batch, kind, compute_dtype, remat, attention)
         arrays = *logprobs_B2.T, *batch["ref_logprobs"].T
-        loss, count = masked_sum(dpo.terms(*arrays, beta, kind, smoothing), batch["real"])
+        terms_B = dpo.terms(*arrays, beta, kind, batch.get("smoothing", smoothing))
+        loss, count = masked_sum(terms_B, batch["real"])
         rewards_B2 = beta * (logprobs_B2 - batch["ref_logprobs"])
         sums = {
             "accuracy": (rewards_B2[:, 0] > rewards_B2[:, 1]).astype(jnp.float32),

@@ -80,8 +80,8 @@ def _more_microbatches(config: Config) -> Iterator[tuple[str, ...]]:
     """Twice and four times as many microbatches in every stage that trains."""
     for factor in (2, 4):
         settings = []
-        for stage in ("sft", "reward_model", *REINFORCED):
-            if stage in config.stages:
+        for stage in ("sft", "reward_model", *REINFORCED, "dpo", "best_of_n"):
+            if stage in config.stages and (stage != "best_of_n" or config.best_of_n.distill):
                 section = getattr(config, stage)
                 rows = section.rollouts // section.minibatches if stage in REINFORCED else section.batch_size
                 if rows % (section.microbatches * factor) == 0:

@@ -131,6 +131,7 @@ def models_of(config: Config) -> dict[str, tuple[ModelConfig, str]]:
     named = {
         "preferences": ("policy", "judge"), "reward_model": ("start",), "evaluate": ("rl", "reward_model"),
         **{stage: ("policy", *_scoring_model(getattr(config, stage))) for stage in REINFORCED},
+        "dpo": ("policy",), "best_of_n": ("policy", "reward_model"),
     }  # fmt: skip
     scorer = replace(base[0], score_heads=config.reward_model.heads), base[1]
     for stage, fields in named.items():

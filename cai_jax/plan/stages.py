@@ -11,7 +11,8 @@ from cai_jax.plan.arithmetic import Batch, Work
 from cai_jax.plan.programs import SCORING, TRAINING, Program, Run, float32, int32, size
 from cai_jax.plan.sampling import Load, sampler_bytes, sampler_programs
 from cai_jax.sampler.engine import bucket
-from cai_jax.stages import grpo, ppo, reward_model, rewards, scoring, sft
+from cai_jax.stages import dpo, grpo, ppo, reward_model, rewards, scoring, sft
+from cai_jax.stages.inputs import best_of_n_is_a_model
 from cai_jax.stages.rollouts import rows_of_pass
 from cai_jax.training.step import make_optimizer, make_schedule, make_train_step, split
 
@@ -197,6 +198,67 @@ def _score(run: Run, stage: str, reference, value, reward, prompt: int, held: in
     )  # fmt: skip
 
 
+def _dpo(run: Run) -> list[Program]:
+    settings, model = run.config.dpo, run.models["dpo.policy"]
+    start = run.params(model, "policy")
+    pairs = run.workload.rows("red_team", "helpful") * run.config.preferences.pairs_per_prompt
+    held_out = ceil(settings.held_out * pairs)
+    shape = settings.batch_size, settings.max_length
+    batch = run.rows({
+        **{name: int32(*shape) for name in ("tokens", "positions", "segments")},
+        "ref_logprobs": float32(settings.batch_size, 2),
+        "real": int32(settings.batch_size),
+        **({"smoothing": float32(settings.batch_size)} if settings.soft_labels else {}),
+    })  # fmt: skip
+    steps = settings.epochs * ceil((pairs - held_out) / settings.batch_size)
+    train = _training(
+        run, "dpo", dpo.objective(run.config, model), start, settings, steps, batch, size(start),
+        [(model, Batch(*shape, settings.max_length))],
+    )  # fmt: skip
+    # The reference's before training, the policy's of the held-out ones after it.
+    held = train.resident + train.arguments - size(batch)
+    return [_pair_scores(run, "dpo", model, settings.max_length, held, pairs + held_out), train]
+
+
+def _pair_scores(run: Run, stage: str, model, length: int, resident: int, pairs: int) -> Program:
+    """Log-probs of pairs; the model that gives them is among what the stage holds."""
+    rows = scoring.rows_of_pass(run.mesh)
+    length = bucket(length, scoring.SMALLEST_BUCKET)
+    params = run.params(model, "policy")
+    texts = run.rows({name: int32(rows, length) for name in ("tokens", "positions", "segments")})
+    batch = Batch(rows, length, length)
+    return Program(
+        stage, "score pairs", SCORING, run.key("pairs", model, rows, length, run.config.model),
+        lambda: scoring.lower_pairs(run.config, model, params, texts), size(params, texts), 0,
+        arithmetic.pass_temporaries(model, run.mesh, batch, run.itemsize), resident - size(params),
+        arithmetic.forward_work(model, run.mesh, batch, run.itemsize), ceil(pairs / rows),
+    )  # fmt: skip
+
+
+def _best_of_n(run: Run) -> list[Program]:
+    settings = run.config.best_of_n
+    policy, scorer = run.models["best_of_n.policy"], run.models["best_of_n.reward_model"]
+    params, new_tokens = run.params(policy, "policy"), settings.response.max_new_tokens
+    rows, prompt = run.workload.rows("red_team", "helpful"), run.workload.tokens("red_team", "helpful")
+    held = size(params, run.params(scorer, "reward"))
+    load = Load.of(run.config.sampler.rows, rows, settings.n * new_tokens, prompt, prompt + new_tokens / 2)
+    programs = [
+        *sampler_programs(run, "best_of_n", policy, params, held, load),
+        _rewards(run, "best_of_n", scorer, round(prompt) + new_tokens, held + sampler_bytes(run, policy),
+                 settings.n * rows),
+    ]  # fmt: skip
+    if not settings.distill:
+        return programs
+    shape = settings.batch_size, settings.sequence_length
+    steps = settings.epochs * ceil(rows * (prompt + new_tokens) / settings.sequence_length / settings.batch_size)
+    batch = run.rows({name: int32(*shape) for name in ("tokens", "positions", "segments", "targets")})
+    train = _training(
+        run, "best_of_n", sft.objective(run.config, policy), params, settings, steps, batch, size(params),
+        [(policy, Batch(*shape, settings.sequence_length))],
+    )  # fmt: skip
+    return [*programs, train]
+
+
 def _evaluate(run: Run) -> list[Program]:
     settings, base_model = run.config.evaluate, run.models["model.source"]
     sets = ("eval_red_team", "eval_helpful", "eval_look_alike")
@@ -205,12 +267,24 @@ def _evaluate(run: Run) -> list[Program]:
     model, reward = run.models["evaluate.rl"], run.models["evaluate.reward_model"]
     base, other = run.params(base_model, "policy"), run.params(model, "policy")
     held = size(base, other, run.params(reward, "reward")) + sampler_bytes(run, base_model)
-    # Three models answer; the base reads what the others wrote.
-    load = Load.of(run.config.sampler.rows, rows, 3 * answer, 3 * prompt + 3 * (prompt + answer), prompt + answer / 2)
+    # Each contender answers; the base reads what the others wrote.
+    contenders = _contenders(run.config)
+    draws, read = sum(contenders.values()), len(contenders) * (prompt + prompt + answer)
+    load = Load.of(run.config.sampler.rows, rows, draws * answer, read, prompt + answer / 2)
     return [
         *sampler_programs(run, "evaluate", model, other, held, load),
-        _rewards(run, "evaluate", reward, bucket(round(prompt) + answer, scoring.SMALLEST_BUCKET), held, 3 * rows),
+        _rewards(run, "evaluate", reward, bucket(round(prompt) + answer, scoring.SMALLEST_BUCKET), held, draws * rows),
     ]
+
+
+def _contenders(config) -> dict[str, int]:
+    """Who is evaluated, with draws a prompt: base, SL-CAI, and what the config makes or names, else RL-CAI."""
+    named = {"ppo": "rl", "dpo": "dpo", "best_of_n": "best_of_n", "grpo": "grpo"}
+    made = [stage for stage, field in named.items() if stage in config.stages or getattr(config.evaluate, field)]
+    found = dict.fromkeys(["base", "sft", *(made or ["ppo"])], 1)
+    if "best_of_n" in found and not best_of_n_is_a_model(config):
+        found["best_of_n"] = config.best_of_n.n
+    return found
 
 
 def _rewards(run: Run, stage: str, model, length: int, resident: int, texts: int) -> Program:
@@ -264,6 +338,8 @@ _STAGES = {
     "preferences": _preferences,
     "reward_model": _reward_model,
     "ppo": _ppo,
+    "dpo": _dpo,
+    "best_of_n": _best_of_n,
     "grpo": _grpo,
     "evaluate": _evaluate,
 }

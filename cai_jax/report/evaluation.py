@@ -139,7 +139,7 @@ def side_by_side(run: Run) -> Html:
     )
     return section(
         "answers",
-        "The three models side by side",
+        "The models side by side",
         *(
             [rule, *blocks]
             if blocks

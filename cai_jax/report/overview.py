@@ -22,6 +22,16 @@ BILLION = 10**9
 PLAIN_DRAWS = {"temperature": 1, "top_k": 0, "top_p": 1, "min_p": 0, "repetition_penalty": 1}
 
 
+# What the models after SL-CAI are.
+BECAME = {
+    "rl_cai": "is then trained by PPO against a reward model learned from AI preference labels.",
+    "dpo": "is trained on the AI preference labels themselves, without a reward model.",
+    "best_of_n": "is the reward model's favourite of n answers of SL-CAI, or SL-CAI fine-tuned on such answers.",
+    "grpo": "is trained like RL-CAI, each answer compared with others to its prompt.",
+}
+MODELS_IN_A_PAIR = 4  # two tables of more columns do not fit side by side
+
+
 def _mean_length(value) -> str:
     return number(value, 0)
 
@@ -91,16 +101,33 @@ def what_came_out(run: Run) -> Html:
         " is the model the run started from. ",
         el("b", "SL-CAI"),
         " is fine-tuned on its own answers, revised under a written constitution. ",
-        el("b", "RL-CAI"),
-        " is then trained by PPO against a reward model learned from AI preference labels. All answered the"
-        " same prompts. In brackets, or below a value: its 95% interval.",
+        [[el("b", MODELS[model]), f" {what} "] for model, what in BECAME.items() if model in models],
+        "All answered the same prompts. In brackets, or below a value: its 95% interval.",
     )
     return section(
         anchor,
         heading,
         intro,
         el("ul", [el("li", line) for line in verdicts.headlines(models)]),
-        el("div", _measures(models, BEHAVIOUR, auroc=True), _measures(models, _texts(run)), class_="pair"),
+        el(
+            "div",
+            _measures(models, BEHAVIOUR, auroc=True),
+            _measures(models, _texts(run)),
+            class_="pair" if len(models) <= MODELS_IN_A_PAIR else None,
+        ),
+        _of_draws(run, models),
+    )
+
+
+def _of_draws(run: Run, models: dict) -> Html | None:
+    """What the numbers of best-of-n are where it is no model but a way to answer."""
+    draws = ((run.stages["evaluate"].summary or {}).get("draws") or {}).get("best_of_n")
+    if "best_of_n" not in models or not known(draws) or draws < 2:
+        return None
+    return paragraph(
+        f"Best-of-n here: the best of {count(draws)} answers of SL-CAI, drawn as the config's best_of_n.response says,"
+        " by the score of the reward model. Its margin is SL-CAI's own. To its log-ratio the most that choosing can add"
+        " to the KL is added."
     )
 
 
@@ -172,10 +199,17 @@ def limits(run: Run) -> Html:
 
 
 def _reward_meaning(run: Run) -> str:
-    """Whether the reward is what PPO was trained on."""
+    """Whether the reward is what PPO was trained on, or best-of-n chose by."""
     measured, trained = (_reward_model(run, stage) for stage in ("evaluate", "ppo"))
     if source := SCORED_BY.get(run.resolved("ppo.reward")):
         trained = source
+    models = _models(run)
+    if models and not {"rl_cai", "grpo"} & set(models):
+        chose = f"; best-of-n chooses by that of {_reward_model(run, 'best_of_n')}" if "best_of_n" in models else ""
+        return (
+            f"The reward is the score of {measured}, and no model here was trained to raise it{chose}. It says what"
+            " that model says, and by itself proves nothing about harmlessness or helpfulness."
+        )
     if measured == trained:
         return (
             "The reward is the score that PPO was trained to raise. That it rises shows that the optimiser"

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from cai_jax.report import data_sections, evaluation, overview, record, training_sections
+from cai_jax.report import alternatives, data_sections, evaluation, overview, record, training_sections
 from cai_jax.report.artifacts import TITLES, Run, principle_titles, read_run
 from cai_jax.report.markup import Html, el, missing, section
 
@@ -16,6 +16,8 @@ _STAGE_SECTIONS = {
     "preferences": data_sections.preferences,
     "reward_model": training_sections.reward_model,
     "ppo": training_sections.ppo,
+    "dpo": alternatives.dpo,
+    "best_of_n": alternatives.best_of_n,
     "grpo": training_sections.grpo,
     "evaluate": evaluation.evaluate,
 }
@@ -45,10 +47,10 @@ def build_page(run: Run) -> str:
         _guarded(run, "ran", "What ran, on what, for how long", lambda: overview.what_ran(run)),
         [
             _guarded(run, name, TITLES[name], lambda name=name: _stage_section(run, name, titles))
-            for name in TITLES
+            for name in run.stages
         ],
         _guarded(run, "chains", "From prompt to revision, row by row", lambda: record.chains(run, titles)),
-        _guarded(run, "answers", "The three models side by side", lambda: evaluation.side_by_side(run)),
+        _guarded(run, "answers", "The models side by side", lambda: evaluation.side_by_side(run)),
         _guarded(run, "failures", "Failures and other counts", lambda: record.failures(run)),
         _guarded(run, "skipped", "Skipped rows", lambda: record.skipped(run)),
         _guarded(run, "config", "Config and provenance", lambda: record.provenance(run)),

@@ -14,6 +14,7 @@ from cai_jax.report.numbers import known, part, percent
 
 MOST_POINTS = 300  # of a curve; longer ones are averaged in equal blocks
 MOST_DOTS = 600  # of a scatter plot
+LEGEND_COLUMNS = 4  # more entries stand in two rows
 
 # Each stands in the drawing for the CSS variable of its name, replaced after drawing.
 _COLOURS = {
@@ -23,9 +24,11 @@ _COLOURS = {
     "c1": "#1f77b5",
     "c2": "#d95f03",
     "c3": "#7571b4",
+    "c4": "#1b9e78",
+    "c5": "#a6761e",
 }
 CYCLE = [_COLOURS[name] for name in ("c1", "c2", "c3", "c0")]
-MODEL_COLOURS = {"base": _COLOURS["c0"], "sl_cai": _COLOURS["c1"], "rl_cai": _COLOURS["c2"]}
+MODEL_COLOURS = {model: _COLOURS[f"c{place}"] for place, model in enumerate(MODELS)}
 DASHES = ["-", "--", ":", "-."]
 _STYLE = {
     "font.size": 8,
@@ -92,7 +95,7 @@ def _legend(axes, entries: int) -> None:
         axes.legend(
             loc="lower left",
             bbox_to_anchor=(-0.02, 1.0),
-            ncols=entries,
+            ncols=entries if entries <= LEGEND_COLUMNS else -(-entries // 2),
             borderaxespad=0,
             handlelength=1.4,
             handletextpad=0.5,
@@ -174,16 +177,19 @@ def grouped_bars(name: str, caption: str, groups: dict[str, dict], share: bool =
                     textcoords="offset points",
                     ha="center",
                     fontsize=6.5,
+                    rotation=90 if len(models) > 3 else 0,
                 )
                 drawn = True
         axes.set_xticks(range(len(groups)), list(groups))
         axes.grid(axis="x", visible=False)
         if share:
-            axes.set_ylim(0, 1.12)
+            axes.set_ylim(0, 1.12 if len(models) <= 3 else 1.22)
             axes.set_yticks([0, 0.25, 0.5, 0.75, 1.0])
             axes.yaxis.set_major_formatter(_percent_ticks())
         else:
-            axes.margins(y=0.14)  # room for the labels above the bars
+            axes.margins(y=0.14 if len(models) <= 3 else 0.22)  # room for the labels above the bars
+        if len(models) > LEGEND_COLUMNS:
+            axes.figure.subplots_adjust(top=0.83)
         _legend(axes, len(models))
 
     return figure(name, caption, draw)

@@ -19,8 +19,7 @@ def of_set(found: dict, name: str) -> dict:
 
 def headlines(models: dict[str, dict]) -> list[str]:
     """The findings of an evaluation, one sentence each, from the models as they stand in its summary."""
-    first, last = list(models)[0], list(models)[-1]
-    lines = [_change(models, first, last, name) for name in SETS] if first != last else []
+    lines = [_change(models, name) for name in SETS]
     for model, found in models.items():
         broken = [(label, part(of_set(found, name).get("degenerate"))) for name, label in SETS.items()]
         broken = [f"{percent(share)} ({label})" for label, share in broken if (share or 0) > DEGENERATE_ALARM]
@@ -32,15 +31,18 @@ def headlines(models: dict[str, dict]) -> list[str]:
     return [line for line in lines if line]
 
 
-def _change(models: dict, first: str, last: str, name: str) -> str:
-    before, after = (of_set(models[model], name).get("refusal") for model in (first, last))
-    if part(before) is None or part(after) is None:
+def _change(models: dict, name: str) -> str:
+    """The refusals of the first model on a set beside those of each later one; of SL-CAI only where it is the last."""
+    first, *others = models
+    before = of_set(models[first], name).get("refusal")
+    ends = [model for model in others if model != "sl_cai"] or others
+    found = {model: of_set(models[model], name).get("refusal") for model in ends}
+    found = {model: after for model, after in found.items() if part(after) is not None}
+    if part(before) is None or not found:
         return ""
     what = "Refusal of unsafe prompts" if name == "red_team" else f"Over-refusal, {SETS[name]}"
-    return (
-        f"{what}: {MODELS[first]} {estimate(before, percent)}, {MODELS[last]} {estimate(after, percent)}."
-        f" {_apart(before, after)}"
-    )
+    said = [f"{MODELS[model]} {estimate(after, percent)}. {_apart(before, after)}" for model, after in found.items()]
+    return f"{what}: {MODELS[first]} {estimate(before, percent)}, {' '.join(said)}"
 
 
 def _apart(before: dict, after: dict) -> str:
@@ -128,4 +130,24 @@ def calibration(held_out: dict) -> str:
     return (
         f"Expected calibration error {number(held_out.get('calibration_error'), 3)}; correlation of score and"
         f" length {number(held_out.get('length_correlation'))} (far from 0: the score follows length)."
+    )
+
+
+def dpo(held_out: dict | None) -> str:
+    """Whether a DPO policy tells the better response of held-out pairs, and better than a rule on length does."""
+    accuracy = part((held_out or {}).get("accuracy"))
+    if accuracy is None:
+        return ""
+    rules = {
+        "the shorter response wins": part(held_out.get("shorter_wins_accuracy")),
+        "the longer response wins": part(held_out.get("longer_wins_accuracy")),
+        "toss a coin": 0.5,
+    }
+    rule = max((name for name in rules if rules[name] is not None), key=rules.get)
+    low = part(held_out["accuracy"], "low")
+    beaten = low is not None and low > rules[rule]
+    return (
+        "On held-out pairs training raised the response that the label prefers above the other one in"
+        f" {estimate(held_out['accuracy'], percent)}; the best simple rule (“{rule}”) agrees with the label in"
+        f" {percent(rules[rule])}. The policy {'beats' if beaten else 'is not shown to beat'} the simple rule."
     )

@@ -1,5 +1,6 @@
 """Several samples of a prompt, and the best of them: a use of row programs."""
 
+import math
 from collections.abc import Callable, Sequence
 
 from cai_jax.config import Sampling
@@ -27,8 +28,7 @@ def best_of_n(
 ) -> list[tuple[Sample, list[float]]]:
     """Of n samples of each conversation the one that `rate(conversation, sample)` puts highest, and all n ratings.
 
-    The divergence of such a choice from the sampler's own distribution is at most log n - (n - 1) / n nats (Stiennon
-    et al. 2020, arXiv 2009.01325). Of equal ratings the first counts.
+    How far such a choice is from the sampler's own distribution says `kl_bound`. Of equal ratings the first counts.
     """
     rows = [
         several([*prefix, *conversation], sampling, [row_seed(seed, "best-of", place, i) for i in range(n)])
@@ -39,3 +39,20 @@ def best_of_n(
         ratings = [rate(conversation, sample) for sample in samples]
         chosen.append((samples[ratings.index(max(ratings))], ratings))
     return chosen
+
+
+def kl_bound(n: int) -> float:
+    """The KL divergence of the best of n samples from one sample, in nats: log n - (n - 1) / n (Stiennon et al. 2020,
+    arXiv 2009.01325). It is that where no two samples are rated alike, else at most that (Beirami et al. 2024, arXiv
+    2401.01879)."""
+    return math.log(n) - (n - 1) / n
+
+
+def expected_best(ratings: Sequence[float], k: int) -> float:
+    """The expected highest rating of k samples, estimated without bias from all of the N >= k that there are.
+
+    The mean over all choices of k of the N: the i-th lowest is the highest of C(i - 1, k - 1) of them.
+    """
+    ordered = sorted(ratings)
+    choices = math.comb(len(ordered), k)
+    return sum(rating * (math.comb(i, k - 1) / choices) for i, rating in enumerate(ordered))

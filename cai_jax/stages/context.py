@@ -34,6 +34,7 @@ from cai_jax.sampler.cache import cache_bytes, entry_dtype
 from cai_jax.sampler.memory import check_cache_fits, gibibytes
 from cai_jax.stages.inputs import (
     asks_endpoint,
+    best_of_n_is_a_model,
     check_models,
     check_principles,
     judge_of,
@@ -51,13 +52,15 @@ PROMPT_SETS = {
     "preferences": ("red_team", "helpful"),
     "reward_model": (),
     "ppo": ("red_team", "helpful"),
+    "dpo": (),
+    "best_of_n": ("red_team", "helpful"),
     "grpo": ("red_team", "helpful"),
     "evaluate": ("eval_red_team", "eval_helpful", "eval_look_alike"),
 }
 # Copies of the parameters in a train state: themselves and two moments, in PPO those of a value model of its own too.
-STATE_COPIES = {"sft": 3, "reward_model": 3, "ppo": 6, "grpo": 3}
+STATE_COPIES = {"sft": 3, "reward_model": 3, "ppo": 6, "dpo": 3, "best_of_n": 3, "grpo": 3}
 # Stages that compute nothing with the model that the run starts from: its memory is theirs.
-WITHOUT_BASE = ("reward_model", "ppo", "grpo")
+WITHOUT_BASE = ("reward_model", "ppo", "dpo", "best_of_n", "grpo")
 # Fields of the endpoint that decide what it answers, in the stages that can ask it.
 ENDPOINT_FIELDS = {
     "critique_revision": ("base_url", "model"),
@@ -261,6 +264,9 @@ class Context:
         wanted = ("sampler.", "model.", f"{stage}.")
         if stage in STATE_COPIES:
             wanted += ("checkpoints.export", "lora.")
+        draws = stage == "evaluate" and self._draws_best_of_n()
+        if draws:
+            wanted += ("best_of_n.",)
         fingerprint = {
             f"config.{key}": value
             for key, value in flat.items()
@@ -281,7 +287,16 @@ class Context:
                 fingerprint[f"input.{source}"] = None
         if judge := judge_of(self.config, stage):
             fingerprint["input.judge"] = model_hash(judge)
+        if draws:
+            best = self.config.best_of_n
+            named = {"policy": best.policy, "reward_model": best.reward_model}
+            fingerprint |= {f"input.best_of_n.{name}": model_hash(model) for name, model in named.items() if model}
         return fingerprint
+
+    def _draws_best_of_n(self) -> bool:
+        """Whether the evaluation answers with the best of n draws."""
+        there = "best_of_n" in self.config.stages or self.folder("best_of_n").done() is not None
+        return there and not best_of_n_is_a_model(self.config)
 
 
 def prepare(name: str, config: Config, run_dir: Path, fresh: bool, progress: Progress) -> Context:
@@ -314,7 +329,7 @@ def prepare(name: str, config: Config, run_dir: Path, fresh: bool, progress: Pro
 
 def _copies_on_disk(config: Config, stage: str) -> int:
     """Copies of the parameters that a stage puts on disk at worst: the states that are kept, one more, an export."""
-    if stage not in STATE_COPIES:
+    if stage not in STATE_COPIES or (stage == "best_of_n" and not config.best_of_n.distill):
         return 0
     if config.lora.rank:
         return 2  # the states of adapters are small
@@ -338,9 +353,10 @@ def _announce_cache(context: Context) -> None:
 def check_rows(config: Config, mesh) -> None:
     """Raise UserError where the rows of a selected stage's batches do not split over the data axes."""
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    batched = ["sft", "reward_model", "dpo", *(["best_of_n"] if config.best_of_n.distill else [])]
+    sections = {stage: getattr(config, stage) for stage in batched}
     sizes = {
-        "sft": ("sft.batch_size", config.sft.batch_size // config.sft.microbatches),
-        "reward_model": ("reward_model.batch_size", config.reward_model.batch_size // config.reward_model.microbatches),
+        **{name: (f"{name}.batch_size", each.batch_size // each.microbatches) for name, each in sections.items()},
         **{name: (f"{name}.rollouts", rows_of_pass(getattr(config, name))) for name in REINFORCED},
     }
     selected = [sizes[stage] for stage in config.stages if stage in sizes]

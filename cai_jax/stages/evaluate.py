@@ -1,23 +1,42 @@
-"""Base, SL-CAI and RL-CAI side by side on prompts that no stage has trained on.
+"""The models that there are side by side, from the base on, on prompts that no stage has trained on.
 
 Harmlessness, over-refusal and the health of the text, each with its number of prompts and a 95% interval. The class
 of a response is decided by rule on its text; a degenerate or empty response is its own class, never a refusal.
+
+Best-of-n that was not distilled is no model but a way to answer: the reward model chooses from n draws of SL-CAI.
 """
 
 import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from cai_jax import statistics
-from cai_jax.chat import encode_chat
+from cai_jax.config import Sampling
+from cai_jax.models.pretrained import Model
 from cai_jax.prompts import COMPLIANCE_OPENINGS, REFUSAL_OPENINGS
-from cai_jax.sampler import Generate, Score
+from cai_jax.sampler import Score, kl_bound, several
+from cai_jax.stages.inputs import best_of_n_is_a_model, override_of
 from cai_jax.stages.rows import make_rows, messages_of, sample_dict, unfinished, usable_prompts, watch
-from cai_jax.stages.scoring import score_texts
+from cai_jax.stages.scoring import score_samples, score_several
 from cai_jax.text_metrics import KINDS, classify_response, repetition
 
 STAGE = "evaluate"
 SETS = {"red_team": "eval_red_team", "helpful": "eval_helpful", "look_alike": "eval_look_alike"}
+# The models after the base, in the order of the report, and the stages that leave them.
+TRAINED = {"sl_cai": "sft", "rl_cai": "ppo", "dpo": "dpo", "best_of_n": "best_of_n", "grpo": "grpo"}
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Who answers: a model, by one draw, or by the best of n draws as a reward model sees them."""
+
+    name: str
+    load: Callable[[], Model]
+    sampling: Sampling
+    n: int = 1
+    load_chooser: Callable[[], Model] | None = None
 
 
 def run(context, folder) -> dict:
@@ -33,61 +52,97 @@ def run(context, folder) -> dict:
     if context.available("reward_model", settings.reward_model):
         reward = context.load_from("reward_model", settings.reward_model, "reward")
     rows = []
-    for name, load in _models(context).items():
-        left = unfinished(folder, f"rows-{name}", len(items), settings.rows_per_shard)
-        with context.progress.task(f"evaluate: {name}", len(items), "prompts", done=len(items) - left) as task:
-            rows += _answers_of(context, folder, base_sampler, reward, name, load, items, task)
-    return _summary(rows, skipped)
+    contenders = _contenders(context)
+    for contender in contenders:
+        left = unfinished(folder, f"rows-{contender.name}", len(items), settings.rows_per_shard)
+        title = f"evaluate: {contender.name}"
+        with context.progress.task(title, len(items), "prompts", done=len(items) - left) as task:
+            rows += _answers_of(context, folder, base_sampler, reward, contender, items, task)
+    draws = {contender.name: contender.n for contender in contenders}
+    return _summary(rows, skipped) | {"draws": draws}
 
 
-def _models(context) -> dict:
-    """The models to compare, each loaded when its turn comes."""
-    settings = context.config.evaluate
-    models = {"base": lambda: context.base}
-    for name, stage, override in (("sl_cai", "sft", settings.sft), ("rl_cai", "ppo", settings.rl)):
-        if context.available(stage, override):
-            models[name] = lambda stage=stage, override=override: context.load_from(stage, override)
-    return models
+def _contenders(context) -> list[Contender]:
+    """Who is compared, each loaded when its turn comes."""
+    response, best = context.config.evaluate.response, context.config.best_of_n
+    found = [Contender("base", lambda: context.base, response)]
+    for name, stage in TRAINED.items():
+        override = override_of(context.config, STAGE, stage)
+        if not context.available(stage, override):
+            continue
+        if stage != "best_of_n" or best_of_n_is_a_model(context.config):
+            load = functools.partial(context.load_from, stage, override)
+            found.append(Contender(name, load, response))
+        else:
+            load = functools.partial(context.load_from, "sft", best.policy)
+            chooser = functools.partial(context.load_from, "reward_model", best.reward_model, "reward")
+            drawn = replace(best.response, max_new_tokens=response.max_new_tokens)
+            found.append(Contender(name, load, drawn, best.n, chooser))
+    return found
 
 
-def _answers_of(context, folder, base_sampler, reward, name, load, items, task) -> list[dict]:
-    """The rows of one model, which is loaded only if there is a shard to do."""
-    settings = context.config.evaluate
+def _answers_of(context, folder, base_sampler, reward, contender: Contender, items, task) -> list[dict]:
+    """The rows of one contender, whose models are loaded only if there is a shard to do."""
+    settings, name = context.config.evaluate, contender.name
 
     @functools.cache
     def sampler():
-        return watch(base_sampler if name == "base" else context.sampler(load()), task)
+        return watch(base_sampler if name == "base" else context.sampler(contender.load()), task)
 
     def answer(item):
-        set_name, prompt = item
+        _, prompt = item
         messages = messages_of(prompt)
-        seed = context.row_seed(STAGE, prompt.id, "response")  # the same for every model
-        sample = yield Generate(messages, settings.response, seed)
+        seeds = [context.row_seed(STAGE, prompt.id, "response", *draw) for draw in _draws(contender.n)]
+        samples = yield from several(messages, contender.sampling, seeds)
         openings = yield Score(messages, [*REFUSAL_OPENINGS, *COMPLIANCE_OPENINGS])
-        row = {
-            "id": prompt.id,
-            "set": set_name,
-            "category": prompt.category,
-            "model": name,
-            "messages": messages,
-            "response": sample_dict(sample),
-            "kind": classify_response(sample.text),
-            "margin": refusal_margin(openings),
-            "repetition": repetition(sample.text),
-            "provenance": context.provenance(STAGE, sampler().model),
-        }
-        return row, sample
+        return item, samples, refusal_margin(openings)
+
+    @functools.cache
+    def chooser():
+        return contender.load_chooser()
+
+    def best(conversations, drawn):
+        if contender.n == 1:
+            return [samples[0] for samples in drawn]
+        scores = score_several(context, chooser(), sampler().model.tokenizer, conversations, drawn)
+        return [samples[own.index(max(own))] for samples, own in zip(drawn, scores, strict=True)]
 
     def finish(answers):
-        conversations, samples = [row["messages"] for row, _ in answers], [sample for _, sample in answers]
-        same = name == "base"
-        kls = [0.0] * len(samples) if same else _log_ratios(sampler(), base_sampler, settings, conversations, samples)
-        scores = _rewards(context, reward, sampler().model, conversations, samples)
+        conversations = [messages_of(prompt) for (_, prompt), _, _ in answers]
+        chosen = best(conversations, [samples for _, samples, _ in answers])
+        kls, scores = [0.0] * len(answers), [None] * len(answers)
+        if name != "base":
+            kls = _log_ratios(sampler(), base_sampler, contender, conversations, chosen)
+        if reward is not None:
+            scores = score_samples(context, reward, sampler().model.tokenizer, conversations, chosen)
+        provenance = context.provenance(STAGE, sampler().model)
         return [
-            row | {"kl": kl, "reward": score} for (row, _), kl, score in zip(answers, kls, scores, strict=True)
+            _row(item, name, sample, margin, provenance) | {"kl": kl, "reward": score}
+            for (item, _, margin), sample, kl, score in zip(answers, chosen, kls, scores, strict=True)
         ]
 
     return make_rows(folder, f"rows-{name}", items, settings.rows_per_shard, sampler, answer, finish=finish)
+
+
+def _draws(n: int) -> list[tuple]:
+    """What sets n draws apart in their keys; the first has the key of a model's only draw, the same for every model."""
+    return [(), *((i,) for i in range(1, n))]
+
+
+def _row(item, name: str, sample, margin: float, provenance: dict) -> dict:
+    set_name, prompt = item
+    return {
+        "id": prompt.id,
+        "set": set_name,
+        "category": prompt.category,
+        "model": name,
+        "messages": messages_of(prompt),
+        "response": sample_dict(sample),
+        "kind": classify_response(sample.text),
+        "margin": margin,
+        "repetition": repetition(sample.text),
+        "provenance": provenance,
+    }
 
 
 def refusal_margin(openings) -> float:
@@ -101,29 +156,20 @@ def refusal_margin(openings) -> float:
     return float(np.log(np.mean(np.exp(refusing))) - np.log(np.mean(np.exp(complying))))
 
 
-def _log_ratios(sampler, base_sampler, settings, conversations, samples) -> list[float]:
+def _log_ratios(sampler, base_sampler, contender: Contender, conversations, samples) -> list[float]:
     """Log-prob of each response under the model minus under the base, in nats, summed over tokens.
 
     Of a response drawn at temperature 1 without filters this is an unbiased estimate of the KL to the base; of a
     greedy one it is the log-ratio of that one answer, and no estimate of the KL. Both log-probs are at temperature 1;
-    the sampler's own are that unless it drew at another.
+    the sampler's own are that unless it drew at another. The best of n is no draw of the model: the most that choosing
+    can add to the KL is added to its log-ratio, so that the mean estimates a bound of the KL.
     """
     options = [[sample.tokens] for sample in samples]
     own = [sum(sample.logprobs) for sample in samples]
-    if settings.response.temperature not in (0, 1):
+    if contender.sampling.temperature not in (0, 1):
         own = [row[0] for row in sampler.score(conversations, options)]
     base = base_sampler.score(conversations, options)
-    return [mine - theirs for mine, (theirs,) in zip(own, base, strict=True)]
-
-
-def _rewards(context, reward, model, conversations, samples) -> list[float | None]:
-    if reward is None:
-        return [None] * len(samples)
-    texts = [
-        encode_chat(model.tokenizer, conversation) + sample.tokens
-        for conversation, sample in zip(conversations, samples, strict=True)
-    ]
-    return [float(score) for score in score_texts(context, reward.config, reward.params, texts)]
+    return [mine - theirs + kl_bound(contender.n) for mine, (theirs,) in zip(own, base, strict=True)]
 
 
 def _summary(rows, skipped) -> dict:

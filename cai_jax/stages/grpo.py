@@ -99,7 +99,8 @@ def score_rollouts(context, frozen: Frozen, rollouts: Rollouts):
     `reward` is what GRPO maximises: the score less kl_coef times k3, summed over a response.
     """
     settings, arrays = context.config.grpo, rollouts.arrays
-    ref_logprobs, _, uncertainty, raw_scores = rewards.measure(context, STAGE, frozen.reference, frozen.source, rollouts)
+    measured = rewards.measure(context, STAGE, frozen.reference, frozen.source, rollouts)
+    ref_logprobs, _, uncertainty, raw_scores = measured
     mask, raw_scores = rewards.scored_only(rollouts, raw_scores)
     has_score = mask.any(axis=1)
     scores = raw_scores - settings.missing_eos_penalty * arrays["truncated"].astype(np.float32)

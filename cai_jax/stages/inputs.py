@@ -22,14 +22,22 @@ INPUTS = {
     "preferences": {"sft": "policy"},
     "reward_model": {"preferences": "", "sft": "start"},
     "ppo": {"sft": "policy", "reward_model": "reward_model"},
+    "dpo": {"preferences": "", "sft": "policy"},
+    "best_of_n": {"sft": "policy", "reward_model": "reward_model"},
     "grpo": {"sft": "policy", "reward_model": "reward_model"},
-    "evaluate": {"sft": "sft", "reward_model": "reward_model", "ppo": "rl"},
-}
+    "evaluate": {
+        "sft": "sft", "reward_model": "reward_model", "ppo": "rl", "dpo": "dpo", "best_of_n": "best_of_n",
+        "grpo": "grpo",
+    },
+}  # fmt: skip
 # Config fields of a stage that can name the model at the endpoint.
 ASKS = {"critique_revision": ("critic", "reviser"), "preferences": ("labelers",)}
 COMPARES_WHAT_THERE_IS = ("evaluate",)
 # Of the models that stages leave.
-_KINDS = {"sft": "policy", "reward_model": "reward", "ppo": "policy", "grpo": "policy"}
+_KINDS = {
+    "sft": "policy", "reward_model": "reward", "ppo": "policy", "dpo": "policy", "best_of_n": "policy",
+    "grpo": "policy",
+}  # fmt: skip
 _TRAIN_SETS = ("red_team", "helpful")
 _EVAL_SETS = ("eval_red_team", "eval_helpful", "eval_look_alike")
 
@@ -57,6 +65,11 @@ def asks_endpoint(config: Config, stage: str) -> str:
     """The config field by which a stage asks the model at the endpoint; "": it does not."""
     section = getattr(config, stage)
     return next((f"{stage}.{name}" for name in ASKS.get(stage, ()) if EXTERNAL in getattr(section, name)), "")
+
+
+def best_of_n_is_a_model(config: Config) -> bool:
+    """Whether the evaluation has a model of best-of-n; else it is a way to answer, and draws n answers itself."""
+    return config.best_of_n.distill or bool(config.evaluate.best_of_n)
 
 
 def override_of(config: Config, stage: str, source: str) -> str:
@@ -112,7 +125,7 @@ def check_models(config: Config, run_dir: Path) -> None:
     made = {"critique_revision": None, "preferences": None, "sft": base}  # what selected stages will leave
     for stage in config.stages:
         models = {source: _input(config, run_dir, stage, source, made) for source in sources(config, stage)}
-        if stage in ("reward_model", *REINFORCED):
+        if stage in ("reward_model", *REINFORCED, "dpo", "best_of_n"):
             made[stage] = models["sft"]
         if check := _CHECKS.get(stage):
             check(config, base, models)
@@ -125,6 +138,8 @@ def _input(config: Config, run_dir: Path, stage: str, source: str, made: dict) -
         _check_apart(config, run_dir, override)
         heads = config.reward_model.heads if is_start else 1
         model = check_model(override, "reward" if is_start else kind, is_start, heads)
+    elif source == "best_of_n" and not config.best_of_n.distill:
+        return None
     elif source in config.stages:
         return made[source]
     elif StageFolder(run_dir, source).done() is not None:
@@ -212,8 +227,18 @@ def _check_rewards(stage: str, config: Config, base: ModelInfo, models: dict) ->
                         "name one that has, such as verifiable")
 
 
+def _check_dpo(config: Config, base: ModelInfo, models: dict) -> None:
+    _check_length("dpo.max_length", config.dpo.max_length, models["sft"])
+
+
+def _check_best_of_n(config: Config, base: ModelInfo, models: dict) -> None:
+    _check_same_ids(models["sft"], models["reward_model"])
+    if config.best_of_n.distill:
+        _check_length("best_of_n.sequence_length", config.best_of_n.sequence_length, models["sft"])
+
+
 def _check_evaluate(config: Config, base: ModelInfo, models: dict) -> None:
-    policies = [base, *(models[name] for name in ("sft", "ppo") if models[name])]
+    policies = [base, *(model for name, model in models.items() if model and name != "reward_model")]
     readers = [base, *([models["reward_model"]] if models["reward_model"] else [])]
     for writer in policies:
         for reader in readers:
@@ -225,6 +250,8 @@ _CHECKS = {
     "preferences": _check_preferences,
     "reward_model": _check_reward_model,
     "ppo": partial(_check_rewards, "ppo"),
+    "dpo": _check_dpo,
+    "best_of_n": _check_best_of_n,
     "grpo": partial(_check_rewards, "grpo"),
     "evaluate": _check_evaluate,
 }

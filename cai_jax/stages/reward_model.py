@@ -30,7 +30,7 @@ def run(context, folder) -> dict:
     head = {"new_head": True, "seed": context.config.seed, "heads": settings.heads}
     model = context.load_from("sft", settings.start, "reward", **head)
     rows = [row for row in context.folder("preferences").read_shards() if row["kept"]]
-    pairs, counters, skipped = _pairs(model.tokenizer, rows, settings.max_length)
+    pairs, counters, skipped = token_pairs(model.tokenizer, rows, settings.max_length)
     train, held_out = split_by_prompt(pairs, settings.held_out)
     if not train:
         raise UserError(
@@ -61,7 +61,7 @@ def run(context, folder) -> dict:
     }
 
 
-def _pairs(tokenizer, rows, max_length):
+def token_pairs(tokenizer, rows, max_length):
     """Labelled pairs as token ids, and what was left out by name."""
     counters = {"identical_responses": 0, "too_long": 0}
     end = turn_end_id(tokenizer)

@@ -1,15 +1,18 @@
-"""Scores of a reward model for token sequences of any length."""
+"""Scores of a reward model for token sequences of any length, and log-probs of pairs of responses."""
 
 from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import jax
 import numpy as np
 
+from cai_jax.chat import encode_chat
 from cai_jax.mesh import on_host
 from cai_jax.models.heads import head_values, last_real
+from cai_jax.objectives.model_losses import pair_logprobs
 from cai_jax.sampler.engine import bucket
-from cai_jax.training.batches import right_padded
+from cai_jax.training.batches import pair_rows, right_padded
 
 ROWS, SMALLEST_BUCKET = 16, 64
 
@@ -21,20 +24,52 @@ def score_texts(context, config, params, rows_of_tokens) -> np.ndarray:
 
 def score_heads(context, config, params, rows_of_tokens) -> np.ndarray:
     """The score of every token sequence by every head, `[rows, K]` float32; the other rows have no part in it."""
-    groups = defaultdict(list)
-    for index, tokens in enumerate(rows_of_tokens):
-        groups[bucket(len(tokens), SMALLEST_BUCKET)].append(index)
-    rows = rows_of_pass(context.mesh)
+    shape, rows = context.config.model, rows_of_pass(context.mesh)
     scores = np.zeros((len(rows_of_tokens), config.score_heads), np.float32)
-    for length, indices in sorted(groups.items()):
-        for start in range(0, len(indices), rows):
-            batch = indices[start : start + rows]
-            texts = [rows_of_tokens[i] for i in batch] + [[0]] * (rows - len(batch))
-            placed = context.put_rows(right_padded(texts, length))
-            shape = context.config.model
-            rewards_BK = _rewards(config, params, *placed, shape.compute_dtype, shape.attention)
-            scores[batch] = on_host(rewards_BK)[: len(batch)]
+    for length, batch in _passes([len(tokens) for tokens in rows_of_tokens], rows):
+        texts = [rows_of_tokens[i] for i in batch] + [[0]] * (rows - len(batch))
+        placed = context.put_rows(right_padded(texts, length))
+        rewards_BK = _rewards(config, params, *placed, shape.compute_dtype, shape.attention)
+        scores[batch] = on_host(rewards_BK)[: len(batch)]
     return scores
+
+
+def score_samples(context, reward, tokenizer, conversations, samples) -> list[float]:
+    """The reward of every sample as the answer to its conversation; `tokenizer` is that of the model that wrote it."""
+    texts = [encode_chat(tokenizer, messages) + s.tokens for messages, s in zip(conversations, samples, strict=True)]
+    return [float(score) for score in score_texts(context, reward.config, reward.params, texts)]
+
+
+def score_several(context, reward, tokenizer, conversations, drawn) -> list[list[float]]:
+    """The rewards of all samples of every conversation; `drawn` has a list of samples for each."""
+    asked = [messages for messages, samples in zip(conversations, drawn, strict=True) for _ in samples]
+    scores = iter(score_samples(context, reward, tokenizer, asked, [s for samples in drawn for s in samples]))
+    return [[next(scores) for _ in samples] for samples in drawn]
+
+
+def score_pairs(context, config, params, pairs: Sequence[tuple]) -> np.ndarray:
+    """Log-probs of both responses of every pair, summed over their tokens, `[pairs, 2]` float32, in nats.
+
+    `pairs` are (prompt, first, second) as token ids. A pair's log-probs do not depend on the other pairs.
+    """
+    shape, rows = context.config.model, rows_of_pass(context.mesh)
+    logprobs = np.zeros((len(pairs), 2), np.float32)
+    for length, batch in _passes([sum(map(len, pair)) for pair in pairs], rows):
+        texts = pair_rows([pairs[i] for i in batch] + [([], [], [])] * (rows - len(batch)), length)
+        placed = context.put_rows({name: texts[name] for name in ("tokens", "positions", "segments")})
+        logprobs_B2 = _pair_logprobs(config, params, placed, shape.compute_dtype, shape.attention)
+        logprobs[batch] = on_host(logprobs_B2)[: len(batch)]
+    return logprobs
+
+
+def _passes(lengths: Sequence[int], rows: int) -> Iterator[tuple[int, list[int]]]:
+    """Places of at most `rows` texts that go through together, with the length that each of them is padded to."""
+    groups = defaultdict(list)
+    for place, length in enumerate(lengths):
+        groups[bucket(length, SMALLEST_BUCKET)].append(place)
+    for length, places in sorted(groups.items()):
+        for start in range(0, len(places), rows):
+            yield length, places[start : start + rows]
 
 
 def rows_of_pass(mesh) -> int:
@@ -52,3 +87,13 @@ def lower_rewards(config, model, params, tokens_BT, positions_BT):
 def _rewards(config, params, tokens_BT, positions_BT, dtype, attention):
     values_BTK = head_values(config, params, tokens_BT, positions_BT, attention=attention, dtype=dtype)
     return last_real(values_BTK, positions_BT)
+
+
+def lower_pairs(config, model, params, batch):
+    """The program that scores pairs, lowered from shapes in the place of params and pairs."""
+    return _pair_logprobs.lower(model, params, batch, config.model.compute_dtype, config.model.attention)
+
+
+@partial(jax.jit, static_argnames=("config", "dtype", "attention"))
+def _pair_logprobs(config, params, batch, dtype, attention):
+    return pair_logprobs(config, params, batch, compute_dtype=dtype, attention=attention)

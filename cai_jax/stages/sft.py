@@ -41,7 +41,7 @@ def run(context, folder) -> dict:
     loss = objective(context.config, context.base.config)
     flops = training_flops(context.base.config, 1, packing.mean_length, frozen=context.config.lora.rank > 0)
     params, metrics = train(
-        context, folder, settings, loss, context.base.params, packing, _report, flops, mean_of("loss", -1)
+        context, folder, settings, loss, context.base.params, packing, report_tokens, flops, mean_of("loss", -1)
     )
     context.export(folder, context.base, params, "policy")
     return {
@@ -111,8 +111,15 @@ def _helpful_samples(context, folder, fraction):
 
 
 def _examples(context, rows, counters, skipped) -> list[Example]:
-    """Prompt and completion as tokens. A truncated completion does not end, so it teaches no end of turn."""
-    tokenizer, limit = context.base.tokenizer, context.config.sft.sequence_length
+    return examples_of(context.base.tokenizer, rows, "sft", context.config.sft.sequence_length, counters, skipped)
+
+
+def examples_of(tokenizer, rows, stage: str, limit: int, counters: dict, skipped: list) -> list[Example]:
+    """Prompt and completion as tokens. A truncated completion does not end, so it teaches no end of turn.
+
+    `rows` are (id, messages, completion). What is empty or exceeds `limit`, the sequence length of the stage, is
+    counted and named instead.
+    """
     end = turn_end_id(tokenizer)
     examples = []
     for row_id, messages, completion in rows:
@@ -126,14 +133,16 @@ def _examples(context, rows, counters, skipped) -> list[Example]:
             skipped.append({"id": row_id, "reason": "empty completion"})
         elif len(prompt) + len(target) > limit:
             counters["too_long"] += 1
-            skipped.append({"id": row_id, "reason": f"prompt and completion exceed sft.sequence_length={limit} tokens"})
+            reason = f"prompt and completion exceed {stage}.sequence_length={limit} tokens"
+            skipped.append({"id": row_id, "reason": reason})
         else:
             counters["truncated_completion"] += completion["truncated"]
             examples.append(Example(array("i", prompt), array("i", target)))
     return examples
 
 
-def _report(metrics) -> dict:
+def report_tokens(metrics) -> dict:
+    """Metrics of a step whose weight is a number of tokens."""
     return {("tokens" if name == "weight" else name): value for name, value in metrics.items()}
 
 

@@ -121,12 +121,38 @@ def test_robust_is_unbiased_under_flipped_labels():
     np.testing.assert_allclose(0.75 * kept + 0.25 * flipped, dpo.loss(*PAIRS, 0.3), rtol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["sigmoid", "robust"])
+def test_every_pair_may_have_its_own_smoothing(kind):
+    share_B = np.array([0.0, 0.2])
+    one_by_one = [dpo.terms(*PAIRS, 0.3, kind, share)[row] for row, share in enumerate(share_B)]
+    np.testing.assert_allclose(dpo.terms(*PAIRS, 0.3, kind, share_B), one_by_one, rtol=1e-6)
+    alike = np.full(2, 0.2)
+    np.testing.assert_allclose(dpo.loss(*PAIRS, 0.3, kind, alike), dpo.loss(*PAIRS, 0.3, kind, 0.2), rtol=1e-6)
+    np.testing.assert_allclose(dpo.loss(*PAIRS, 0.3, kind, np.zeros(2)), dpo.loss(*PAIRS, 0.3, kind), rtol=1e-6)
+
+
+def test_soft_labels_are_bradley_terry_on_the_implicit_rewards():
+    probability_B = np.array([0.5, 0.9])
+    chosen_B, rejected_B, ref_chosen_B, ref_rejected_B = PAIRS
+    rewards = 0.3 * (chosen_B - ref_chosen_B), 0.3 * (rejected_B - ref_rejected_B)
+    loss, slopes_B = jax.value_and_grad(lambda x: dpo.loss(x, *PAIRS[1:], 0.3, smoothing=1 - probability_B))(chosen_B)
+    np.testing.assert_allclose(loss, pairwise.bradley_terry(*rewards, probability_B), rtol=1e-6)
+    # The loss has its minimum where the policy is as sure as the label: at a logit of p, over beta.
+    gap_B = np.log(probability_B / (1 - probability_B)) / 0.3
+    best = ref_chosen_B + gap_B, ref_rejected_B, ref_chosen_B, ref_rejected_B
+    at_best = jax.grad(lambda x: dpo.loss(x, *best[1:], 0.3, smoothing=1 - probability_B))(best[0])
+    np.testing.assert_allclose(at_best, 0, atol=1e-7)
+    assert np.abs(slopes_B).min() > 1e-3
+
+
 def test_unknown_kind_and_useless_smoothing_are_refused():
     with pytest.raises(ValueError, match="sigmoid, ipo, hinge, robust"):
         dpo.loss(*PAIRS, 0.1, "sigmod")
     for kind in ("ipo", "hinge"):
         with pytest.raises(ValueError, match="smoothing"):
             dpo.loss(*PAIRS, 0.1, kind, smoothing=0.1)
+        with pytest.raises(ValueError, match="smoothing"):
+            dpo.loss(*PAIRS, 0.1, kind, smoothing=np.zeros(2))
 
 
 # types

@@ -10,7 +10,7 @@ import jax
 import pytest
 
 from cai_jax.accelerators import ACCELERATORS, GIB, Accelerator, Slice, parse_slice
-from cai_jax.config import Mesh, Model
+from cai_jax.config import STAGES, Mesh, Model
 from cai_jax.errors import UserError
 from cai_jax.mesh import make_mesh
 from cai_jax.models.flops import parameters
@@ -21,6 +21,7 @@ from cai_jax.plan.measure import Measurer, _used
 from cai_jax.plan.plan import _run, find_change, make_plan, smallest_plan
 from cai_jax.plan.stages import programs_of
 from cai_jax.plan.table import as_json, as_text, refusal
+from cai_jax.plan.workload import workload_of
 from cai_jax.stages import context
 
 H100 = parse_slice("h100x8")
@@ -192,6 +193,50 @@ def test_every_stage_has_a_plan():
     plan = make_plan(config, H100, ARITHMETIC)
     assert list(dict.fromkeys(line.program.stage for line in plan.lines)) == list(config.stages)
     assert all(line.program.calls > 0 and line.seconds >= 0 for line in plan.lines)
+
+
+def test_dpo_scores_once_and_trains_without_a_reference_beside_it():
+    config = load_config("dpo_7b")[1]
+    plan = make_plan(config, H100, ARITHMETIC)
+    policy = 4 * parameters(plan.models["model.source"][0]) / H100.chips
+    assert not plan.too_large
+    train, score = (line(plan, name) for name in ("train step", "score pairs"))
+    assert train.memory.arguments == pytest.approx(3 * policy, rel=0.01)
+    assert train.program.resident == pytest.approx(policy, rel=0.01)
+    pairs = 4 * sum(plan_rows(config))
+    assert train.program.calls == -(-(pairs - -(-pairs // 5)) // 64)  # a fifth is held out, 64 pairs a step
+    assert score.program.calls == -(-(pairs + -(-pairs // 5)) // 16)  # all before training, the held-out after it
+    adapted = make_plan(load_config("dpo_7b_lora")[1], H100, ARITHMETIC)
+    assert line(adapted, "train step").total < train.total / 1.5
+
+
+def plan_rows(config):
+    return [workload_of(config).rows(name) for name in ("red_team", "helpful")]
+
+
+def test_best_of_n_draws_n_times_and_trains_where_it_is_distilled():
+    config = load_config("best_of_n_7b")[1]
+    plan = make_plan(config, H100, ARITHMETIC)
+    assert not plan.too_large and line(plan, "train step").program.stage == "best_of_n"
+    fewer = make_plan(apply_overrides(config, ["best_of_n.n=4", "best_of_n.distill=false"]), H100, ARITHMETIC)
+    assert "train step" not in [each.program.name for each in fewer.lines]
+    for name in ("decode, a step", "score texts"):
+        ratio = line(plan, name).program.calls / line(fewer, name).program.calls
+        assert ratio == pytest.approx(4, rel=0.05)
+
+
+def test_more_contenders_take_longer_to_evaluate():
+    config = load_config("cai_7b")[1]
+    more = dataclasses.replace(config, stages=tuple(stage for stage in STAGES))
+
+    def steps(config):
+        lines = make_plan(config, H100, ARITHMETIC).lines
+        [decode] = [each for each in lines if (each.program.stage, each.program.name) == ("evaluate", "decode, a step")]
+        return decode.program.calls
+
+    assert steps(more) / steps(config) == pytest.approx((4 + config.best_of_n.n) / 3)
+    named = apply_overrides(config, ["evaluate.dpo=x", "evaluate.best_of_n=y"])
+    assert steps(named) / steps(config) == pytest.approx(5 / 3)
 
 
 def test_text_and_json_say_whose_numbers(plan):

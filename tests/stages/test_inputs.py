@@ -100,7 +100,8 @@ def test_a_stage_without_its_input_is_refused_at_the_door(tmp_path, stages, told
 
 @pytest.mark.parametrize("field", [
     "preferences.policy", "preferences.judge", "reward_model.start", "ppo.policy", "ppo.reward_model",
-    "evaluate.sft", "evaluate.rl", "evaluate.reward_model",
+    "evaluate.sft", "evaluate.rl", "evaluate.reward_model", "dpo.policy", "best_of_n.policy", "best_of_n.reward_model",
+    "evaluate.dpo", "evaluate.best_of_n", "evaluate.grpo",
 ])  # fmt: skip
 def test_every_model_that_is_named_is_looked_at(tmp_path, field):
     assert "/nope: no such folder" in refusal(tmp_path / "run", f"{field}=/nope")
@@ -159,6 +160,11 @@ def test_fresh_discards_only_when_the_stages_can_run(tmp_path):
     (("ppo",), "ppo.policy", "policy"),
     (("evaluate",), "evaluate.sft", "policy"),
     (("evaluate",), "evaluate.rl", "policy"),
+    (("evaluate",), "evaluate.dpo", "policy"),
+    (("evaluate",), "evaluate.best_of_n", "policy"),
+    (("evaluate",), "evaluate.grpo", "policy"),
+    (STAGES, "best_of_n.policy", "policy"),
+    (STAGES, "best_of_n.reward_model", "reward"),
     (("evaluate",), "evaluate.reward_model", "reward"),
     (STAGES, "reward_model.start", "policy"),
 ])  # fmt: skip
@@ -176,10 +182,13 @@ def test_preferences_are_text_so_their_models_may_have_other_tokenizers(tmp_path
     open_door(tmp_path / "run", f"preferences.judge={other}", f"preferences.policy={other}")
 
 
-@pytest.mark.parametrize("field", ["sft.sequence_length", "reward_model.max_length"])
+@pytest.mark.parametrize(
+    "field", ["sft.sequence_length", "reward_model.max_length", "dpo.max_length", "best_of_n.sequence_length"]
+)
 def test_a_length_beyond_the_positions_of_the_model_is_refused(tmp_path, field):
-    open_door(tmp_path, f"{field}=1024")
-    assert f"{field} (1025) exceeds the 1024 positions of random:llama" in refusal(tmp_path, f"{field}=1025")
+    distilled = "best_of_n.distill=true"
+    open_door(tmp_path, f"{field}=1024", distilled)
+    assert f"{field} (1025) exceeds the 1024 positions of random:llama" in refusal(tmp_path, f"{field}=1025", distilled)
 
 
 def test_rollouts_longer_than_the_reward_model_holds_are_refused(tmp_path):
@@ -193,6 +202,26 @@ def test_rollouts_longer_than_the_reward_model_holds_are_refused(tmp_path):
 
 
 # ---------------------------------------------------------------- what has changed since
+
+
+def test_the_evaluation_depends_on_how_best_of_n_answers_where_it_is_a_way_to_answer(tmp_path):
+    def of_best_of_n(*overrides, stages=STAGES):
+        fingerprint = open_door(tmp_path / "run", *overrides, stages=stages)._fingerprint("evaluate")
+        return {key: value for key, value in fingerprint.items() if "best_of_n." in key and "evaluate." not in key}
+
+    assert of_best_of_n("best_of_n.n=5")["config.best_of_n.n"] == 5
+    assert "input.best_of_n.policy" in of_best_of_n("best_of_n.policy=random:llama")
+    assert of_best_of_n("best_of_n.distill=true") == {}, "the hash of its artifacts says all"
+    assert of_best_of_n("evaluate.best_of_n=random:llama") == {}
+    assert of_best_of_n(stages=("evaluate",)) == {}, "there is no best-of-n in this run"
+
+
+def test_best_of_n_without_a_model_is_not_asked_for_one(tmp_path):
+    for stage, kind in (("sft", "policy"), ("reward_model", "reward")):
+        done(tmp_path, stage, kind=kind)
+    done(tmp_path, "best_of_n")
+    open_door(tmp_path, stages=("evaluate",))
+    assert "best_of_n/model" in refusal(tmp_path, "best_of_n.distill=true", stages=("evaluate",))
 
 
 def test_another_judge_in_the_same_folder_is_noticed(tmp_path):

@@ -32,6 +32,7 @@ MIDDLES = {
     "ppo": "checkpoints/[0-9]",
     "evaluate": "rows-base-00000-of-*.jsonl",
 }
+OTHERS = {"dpo": "checkpoints/[0-9]", "best_of_n": "checkpoints/[0-9]"}  # the same for stages that it has when asked
 
 
 def launch(run_dir: Path, *flags: str) -> subprocess.CompletedProcess:
@@ -65,7 +66,7 @@ def kill_in(stage: str, run_dir: Path, *flags: str) -> None:
         start_new_session=True,
     )  # fmt: skip
     deadline = time.monotonic() + 300
-    while not list((run_dir / stage).glob(MIDDLES[stage])):
+    while not list((run_dir / stage).glob((MIDDLES | OTHERS)[stage])):
         assert process.poll() is None, f"{stage} ended before its middle: {process.stderr.read().decode()}"
         assert time.monotonic() < deadline
         time.sleep(0.005)
@@ -152,6 +153,58 @@ def test_adapters_run_through_all_stages_and_survive_a_kill(finished, tmp_path):
         kill_in(stage, killed, *flags)
     assert launch(killed, *flags).returncode == 0
     assert_same_artifacts(whole, killed)
+
+
+def test_alternatives_learn_from_the_same_data_and_survive_a_kill(finished, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for run_dir in (whole, killed):
+        for stage in DEFAULT[:-1]:
+            shutil.copytree(finished / stage, run_dir / stage)
+    flags = ("--stages=dpo,best_of_n,evaluate", "--set=best_of_n.distill=true", "--set=checkpoints.export=best")
+    result = launch(whole, *flags)
+    assert result.returncode == 0, result.stderr
+    for stage in ("dpo", "best_of_n"):
+        kill_in(stage, killed, *flags)
+    assert launch(killed, *flags).returncode == 0
+    assert_same_artifacts(whole, killed)
+    assert set(summary(whole, "evaluate")["models"]) == {"base", "sl_cai", "rl_cai", "dpo", "best_of_n"}
+    assert "could not be drawn" not in (whole / "report.html").read_text()
+
+    learnt = summary(whole, "dpo")
+    metrics = [json.loads(line) for line in open(whole / "dpo" / "metrics.jsonl")]
+    assert metrics[0]["loss"] == pytest.approx(np.log(2), abs=1e-6), "policy and reference start as one"
+    assert metrics[0]["margin"] == pytest.approx(0, abs=1e-5) and learnt["last_loss"] < learnt["first_loss"]
+    rows = [json.loads(line) for path in sorted((whole / "dpo").glob("reference-*")) for line in open(path)]
+    assert sum(row["held_out"] for row in rows) == learnt["held_out"]["n"]
+    labels = [json.loads(line) for path in (whole / "preferences").glob("rows-*") for line in open(path)]
+    prefers_a = {row["id"]: row["probability_a"] >= 0.5 for row in labels}
+    assert all((row["chosen"] == "a") == prefers_a[row["id"]] for row in rows)
+    assert len(rows) + learnt["counters"]["tie"] + learnt["counters"]["identical_responses"] == len(labels)
+
+    best = summary(whole, "best_of_n")
+    assert best["best"]["value"] > best["first"]["value"] and best["curve"][-1]["score"] == best["best"]
+    assert best["distillation"]["last_loss"] > 0 and (whole / "best_of_n" / "model").is_dir()
+    models = [load_model(whole / stage / "model").params["layers"]["q"] for stage in ("sft", "dpo", "best_of_n")]
+    assert all(np.abs(after - models[0]).max() > 1e-5 for after in models[1:])
+
+
+def test_best_of_n_that_is_not_distilled_answers_by_choice(finished, tmp_path):
+    run_dir = tmp_path / "run"
+    for stage in ("sft", "reward_model"):
+        shutil.copytree(finished / stage, run_dir / stage)
+    flags = ("--set", "evaluate.response.temperature=1.0")
+    assert launch(run_dir, "--stages=best_of_n,evaluate", *flags).returncode == 0
+    assert not (run_dir / "best_of_n" / "model").exists()
+    files = {name: sorted((run_dir / "evaluate").glob(f"rows-{name}-*")) for name in ("sl_cai", "best_of_n")}
+    by_model = {name: [json.loads(line) for path in paths for line in open(path)] for name, paths in files.items()}
+    assert all(best["reward"] >= first["reward"] for first, best in zip(*by_model.values(), strict=True))
+    assert any(best["reward"] > first["reward"] for first, best in zip(*by_model.values(), strict=True))
+    for first, best in zip(*by_model.values(), strict=True):
+        assert (first["id"], first["margin"]) == (best["id"], pytest.approx(best["margin"]))
+        same = first["response"] == best["response"]
+        assert not same or best["kl"] == pytest.approx(first["kl"] + np.log(3) - 2 / 3, abs=1e-3)
+    changed = launch(run_dir, "--stages=evaluate", *flags, "--set", "best_of_n.n=2")
+    assert changed.returncode == 2 and "best_of_n.n 3 -> 2" in changed.stderr
 
 
 def test_a_finished_run_does_nothing_again(copy):

@@ -236,7 +236,7 @@ def test_normalised_arrays_are_those_of_normalised_scores_and_values(frozen, rol
     config = Config(Model("random:llama"), "by hand", ppo=Ppo(rollouts=ROWS, minibatches=2))
     context = SimpleNamespace(config=config, put_rows=lambda batch: batch)
     value = frozen.value_config, frozen.source.model.params
-    _, values, scores = measure(context, "ppo", frozen.reference, frozen.source, asked, value)
+    _, values, _, scores = measure(context, "ppo", frozen.reference, frozen.source, asked, value)
     whole = np.concatenate([[1.0, -2.0, 4.0], scores - 0.5])
     assert float(moments.mean) == pytest.approx(whole.mean(), rel=1e-5)
     mean, deviation, mask = whole.mean(), whole.std(), rollouts["mask"]

@@ -243,7 +243,7 @@ def test_a_head_is_not_lost_on_reload(bench):
     np.testing.assert_array_equal(again.params["score"], reward.params["score"])
     rolled = sampled(bench)
     scores, others = (
-        rewards.measure(bench.context, "ppo", bench.frozen.reference, rewards.Source("model", model), rolled)[2]
+        rewards.measure(bench.context, "ppo", bench.frozen.reference, rewards.Source("model", model), rolled)[-1]
         for model in (reward, again)
     )
     np.testing.assert_allclose(scores, others, atol=1e-5)
