@@ -11,10 +11,10 @@ import numpy as np
 
 from cai_jax import statistics
 from cai_jax.errors import UserError
+from cai_jax.filters import TIE
 from cai_jax.models.flops import training_flops
 from cai_jax.objectives import dpo
 from cai_jax.objectives.model_losses import dpo_objective
-from cai_jax.filters import TIE
 from cai_jax.stages.reward_model import split_by_prompt, token_pairs
 from cai_jax.stages.scoring import score_pairs
 from cai_jax.stages.training import train

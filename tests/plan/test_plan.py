@@ -234,7 +234,7 @@ def test_more_contenders_take_longer_to_evaluate():
         [decode] = [each for each in lines if (each.program.stage, each.program.name) == ("evaluate", "decode, a step")]
         return decode.program.calls
 
-    assert steps(more) / steps(config) == pytest.approx((4 + config.best_of_n.n) / 3)
+    assert steps(more) / steps(config) == pytest.approx((5 + config.best_of_n.n) / 3)
     named = apply_overrides(config, ["evaluate.dpo=x", "evaluate.best_of_n=y"])
     assert steps(named) / steps(config) == pytest.approx(5 / 3)
 
