@@ -177,6 +177,7 @@ def test_alternatives_learn_from_the_same_data_and_survive_a_kill(finished, tmp_
     rows = [json.loads(line) for path in sorted((whole / "dpo").glob("reference-*")) for line in open(path)]
     assert sum(row["held_out"] for row in rows) == learnt["held_out"]["n"]
     labels = [json.loads(line) for path in (whole / "preferences").glob("rows-*") for line in open(path)]
+    labels = [row for row in labels if row["kept"]]
     prefers_a = {row["id"]: row["probability_a"] >= 0.5 for row in labels}
     assert all((row["chosen"] == "a") == prefers_a[row["id"]] for row in rows)
     assert len(rows) + learnt["counters"]["tie"] + learnt["counters"]["identical_responses"] == len(labels)
