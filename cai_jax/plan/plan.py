@@ -77,7 +77,7 @@ class Plan:
 
 def make_plan(config: Config, piece: Slice, measurer: Measurer) -> Plan:
     """Measure every program of a run. Raises UserError where the config, its models or its mesh do not go together."""
-    run, models = _run(config, piece)
+    run, models = planned_run(config, piece)
     return _plan(run, models, measurer.of)
 
 
@@ -95,19 +95,20 @@ def find_change(plan: Plan, measurer: Measurer) -> tuple[mend.Change, Plan] | No
 
     def largest(config: Config, piece: Slice) -> int:
         validate(config)
-        guessed = _plan(*_run(config, piece), lambda program: measurer.guess(program, scales))
+        guessed = _plan(*planned_run(config, piece), lambda program: measurer.guess(program, scales))
         return max(line.total for line in guessed.lines)
 
     def fits(config: Config, piece: Slice) -> bool:
         nonlocal found
-        found = _plan(*_run(config, piece), measurer.of)
+        found = _plan(*planned_run(config, piece), measurer.of)
         return not found.too_large
 
     change = mend.nearest(plan.config, plan.piece, largest, fits)
     return change and (change, found)
 
 
-def _run(config: Config, piece: Slice) -> tuple[Run, dict]:
+def planned_run(config: Config, piece: Slice) -> tuple[Run, dict]:
+    """A run on a slice, and `models_of` it. Raises UserError where config, models and mesh do not go together."""
     models = models_of(config)
     mesh = planned_mesh(config.mesh, piece)
     check_rows(config, mesh)
@@ -148,7 +149,7 @@ def smallest_plan(config: Config, chip: Accelerator, measurer: Measurer) -> Plan
     plan, refused = None, None
     for piece in slices_of(chip):
         try:
-            run, models = _run(config, piece)
+            run, models = planned_run(config, piece)
         except UserError as error:
             refused = error
             continue

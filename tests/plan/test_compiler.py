@@ -14,6 +14,11 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+def plain_environment():
+    """Without this suite's flags of XLA's CPU compiler."""
+    return {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+
+
 def plan(tmp_path, *flags):
     """A plan of the tiny config in a process of its own, as the door starts it."""
     written = tmp_path / "plan.json"
@@ -21,8 +26,7 @@ def plan(tmp_path, *flags):
         sys.executable, "-m", "cai_jax.launch", "--config=tiny", f"--plan_json={written}", "--set", "sampler.rows=8",
         "--set", "mesh.data=1", "--set", "mesh.fsdp=-1", *flags,
     ]  # fmt: skip
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, env=plain_environment())
     return done, json.loads(written.read_text()) if written.exists() else None
 
 
@@ -60,3 +64,29 @@ def test_the_compilers_arguments_are_ours(tmp_path):
     for program, line in zip(written["programs"], ours.lines, strict=True):
         # A TPU pads small arrays to its tiles, so what is tiny takes more.
         assert program["arguments_bytes"] >= line.memory.arguments
+
+
+LOWERED = """
+import json
+from cai_jax.plan.topology import set_environment
+set_environment()
+from cai_jax.accelerators import parse_slice
+from cai_jax.config import apply_overrides
+from cai_jax.named_runs import load_config
+from cai_jax.plan.plan import planned_run
+from cai_jax.plan.stages import programs_of
+settings = ["mesh.data=1", "mesh.fsdp=-1", "sft.batch_size=4", "reward_model.batch_size=4", "ppo.rollouts=8"]
+run, _ = planned_run(apply_overrides(load_config("tiny")[1], settings), parse_slice("v4-8"))
+print(json.dumps({f"{p.stage}: {p.name}": "tpu_custom_call" in p.lower().as_text() for p in programs_of(run)
+                  if p.name in ("train step", "score rollouts", "score texts")}))
+"""
+
+
+def test_scoring_and_training_run_the_kernel_on_several_chips():
+    done = subprocess.run([sys.executable, "-c", LOWERED], capture_output=True, text=True, env=plain_environment())
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == {
+        "sft: train step": True, "reward_model: train step": False,  # a row holds a pair with a prompt that both see
+        "reward_model: score texts": True, "ppo: score rollouts": True, "ppo: train step": True,
+        "evaluate: score texts": True,
+    }  # fmt: skip
