@@ -19,9 +19,10 @@ def as_text(name: str, plan: Plan, price: float | None) -> str:
         "  ".join([first.ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(rest, widths[1:], strict=True))])
         for first, *rest in rows
     ]
+    machines = f"{piece.machines} machine{'s' if piece.machines > 1 else ''}"
     return "\n".join([
-        f"{name} on {piece.name}: {piece.chips} chips, {chip.usable / GIB:.1f} of {chip.memory / GIB:.1f} GiB a chip "
-        f"to plan with, mesh {mesh}",
+        f"{name} on {piece.name}: {piece.chips} chips on {machines}, {chip.usable / GIB:.1f} of "
+        f"{chip.memory / GIB:.1f} GiB a chip to plan with, mesh {mesh}",
         *(f"  {field}: {shape.n_layers} layers of {shape.d_model}, {known}" for field, (shape, known) in
           plan.models.items()),
         "",
@@ -39,7 +40,9 @@ def as_json(name: str, plan: Plan, price: float | None, change) -> dict:
     chip = plan.piece.chip
     return {
         "config": name,
-        "slice": {"name": plan.piece.name, "chips": plan.piece.chips, "mesh": plan.mesh},
+        "slice": {
+            "name": plan.piece.name, "chips": plan.piece.chips, "machines": plan.piece.machines, "mesh": plan.mesh,
+        },
         "chip": dataclasses.asdict(chip),
         "limit_bytes": chip.usable,
         "fits": not plan.too_large,

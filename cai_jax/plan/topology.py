@@ -43,14 +43,13 @@ def planned_mesh(config, piece: Slice):
 def _devices(piece: Slice) -> list:
     from jax.experimental import topologies
 
-    cores = "megacore" if piece.chip.name in ("v4", "v5p") else "default"
-    host = tuple(min(2, size) for size in piece.shape[:2]) + (1,) * (len(piece.shape) - 2)
+    flat = len(piece.shape) == 2
     topology = topologies.get_topology_desc(
         platform="tpu",
         topology_name=f"{piece.chip.name}:{'x'.join(map(str, piece.shape))}",
-        chip_config_name=cores,
-        chips_per_host_bounds=host + (1,) * (3 - len(host)),
+        chip_config_name="default" if flat else "megacore",  # the two TensorCores of a chip as one device
+        chips_per_host_bounds=(*piece.host, 1) if flat else piece.host,
         num_slices=1,
-        wrap=(False,) * 3,
+        wrap=(*piece.wraps, False) if flat else piece.wraps,
     )
     return list(topology.devices)
