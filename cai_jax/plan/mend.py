@@ -53,8 +53,8 @@ def name_of(setting: str) -> str:
 
 def _settings(config: Config) -> Iterator[tuple[str, ...]]:
     flat = flatten(config)
-    if config.model.remat != "full":
-        yield ("model.remat=full",)
+    for remat in {"none": ("dots", "full"), "dots": ("full",), "full": ()}[config.model.remat]:
+        yield (f"model.remat={remat}",)
     yield from _more_microbatches(config)
     for ways in (2, 4, 8):
         if config.sampler.rows // ways and config.sampler.rows % ways == 0:
