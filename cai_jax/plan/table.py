@@ -4,6 +4,7 @@ import dataclasses
 
 from cai_jax.accelerators import GIB
 from cai_jax.plan.measure import COMPILER
+from cai_jax.plan.mend import as_flags
 from cai_jax.plan.plan import EXPECTED_SHARE_OF_PEAK, Line, Plan
 
 _HEADER = ("program", "arguments", "temporaries", "beside", "total", "TFLOP", "ms", "bound by", "calls")
@@ -84,14 +85,11 @@ def refusal(plan: Plan, found) -> str:
     )
     if found is None:
         return f"{what}: no change that was tried fits; take a smaller model"
-    (settings, piece), mended = found
-    asked = [f"--set {setting}" for setting in settings]
-    if piece != plan.piece:
-        asked.insert(0, f"--plan={piece.name}")
+    change, mended = found
     largest = _largest(mended)
     return (
-        f"{what}: {' '.join(asked)} fits, with {gib(largest.total)} at most ({largest.program.name}, by the "
-        f"{largest.memory.source})"
+        f"{what}: {as_flags(change, plan.piece)} fits, with {gib(largest.total)} at most ({largest.program.name}, "
+        f"by the {largest.memory.source})"
     )
 
 

@@ -13,8 +13,8 @@ from cai_jax.config import Mesh, Model, apply_overrides
 from cai_jax.errors import UserError
 from cai_jax.models.flops import parameters
 from cai_jax.named_runs import load_config
-from cai_jax.plan import command
-from cai_jax.plan.measure import Measurer, _used
+from cai_jax.plan import command, topology
+from cai_jax.plan.measure import Measurer, _used, by_arithmetic
 from cai_jax.plan.plan import find_change, make_plan, smallest_plan
 from cai_jax.plan.table import as_json, as_text, refusal
 from cai_jax.stages import context
@@ -117,6 +117,33 @@ def test_a_refusal_names_a_change_that_fits(tiny, share, asked):
     if larger:
         piece = dataclasses.replace(piece, name=f"h100x{larger[1]}", chips=int(larger[1]))
     assert not make_plan(apply_overrides(tiny, settings), piece, ARITHMETIC).too_large
+
+
+class Stricter(Measurer):
+    """A compiler that finds ten times the temporaries of arithmetic in whatever is changed, short of more chips."""
+
+    def __init__(self, plan):
+        super().__init__(True, lambda line: self.said.append(line))
+        self.as_it_stands, self.said = {line.program.key for line in plan.lines}, []
+
+    def of(self, program):
+        memory = by_arithmetic(program)
+        changed = program.key not in self.as_it_stands and H100.name in program.key
+        return dataclasses.replace(memory, temporaries=memory.temporaries * (10 if changed else 1))
+
+
+def test_the_search_says_what_it_tries_and_gives_a_candidate_up_at_its_first_program_too_large(tiny):
+    plan = make_plan(tiny, H100, ARITHMETIC)
+    largest = max(plan.lines, key=lambda line: line.total)
+    assert largest.program.name == "train step"
+    measurer = Stricter(plan)
+    refused = make_plan(tiny, small_chip(0.97 * largest.total / GIB * 16 / 15), measurer)
+    (_, piece), mended = find_change(refused, measurer)
+    assert not mended.too_large and piece.chips > H100.chips
+    tried = [line for line in measurer.said if line.startswith("trying ")]
+    assert tried[0] == "trying --set ppo.microbatches=16" and tried[-1] == f"trying --plan={piece.name}"
+    assert re.fullmatch(r"ppo: train step: \d+\.\d\d GiB, too large", measurer.said[1])
+    assert measurer.said.count(measurer.said[1]) == 1, "what the compiler made of it is remembered"
 
 
 def test_nothing_helps_a_chip_of_a_kibibyte(tiny):
@@ -233,7 +260,7 @@ def test_flags_of_a_plan_without_a_plan():
 
 
 def test_a_missing_compiler_says_how_to_install_it(monkeypatch, quiet, ppo):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr(topology, "has_compiler", lambda: False)
     with pytest.raises(UserError, match=r"v4-32: the TPU compiler is not installed: pip install 'cai-jax\[plan\]'"):
         command.plan_run("ppo_7b", ppo, "v4-32", None, None)
 
