@@ -34,7 +34,7 @@ def choose_backend(wanted: str, config: ModelConfig, dtype, length: int, prefix_
     """The backend that runs: the wanted one, "auto" by the devices of the mesh in use, and XLA where that one cannot.
 
     Splash compares segments for equality only, so it has no prefix segment (see `visible`), and it cannot be split by
-    the compiler: without a mesh in use (`jax.set_mesh`; a train step sets its own) it needs a single device. cuDNN has
+    the compiler: without a mesh in use (train steps and scoring set their own) it needs a single device. cuDNN has
     no soft cap, no float32, and sizes that it does not take.
     """
     mesh = jax.sharding.get_abstract_mesh()

@@ -131,7 +131,7 @@ def _score(run: Run, policy, value, params, prompt: int, held: int, batches: int
     forms = run.config.model, run.config.lora, settings.frozen_dtype
     return Program(
         "ppo", "score rollouts", SCORING, run.key("ppo score", policy, value, rows, length, answer, *forms),
-        lambda: ppo.lower_score(run.config, policy, value, *params, part), size(params, part), 0,
+        lambda: ppo.lower_score(run.config, policy, value, run.mesh, *params, part), size(params, part), 0,
         sum(arithmetic.pass_temporaries(model, run.mesh, batch, run.itemsize) for model, batch in passes),
         held - size(params) + shared,
         sum((arithmetic.forward_work(model, run.mesh, batch, run.itemsize) for model, batch in passes), Work()),
@@ -164,7 +164,7 @@ def _rewards(run: Run, stage: str, model, length: int, resident: int, texts: int
     batch = Batch(rows, length, None)
     return Program(
         stage, "score texts", SCORING, run.key("rewards", model, rows, length, run.config.model),
-        lambda: scoring.lower_rewards(run.config, model, params, *texts_of.values()),
+        lambda: scoring.lower_rewards(run.config, model, run.mesh, params, *texts_of.values()),
         size(params, texts_of), 0, arithmetic.pass_temporaries(model, run.mesh, batch, run.itemsize),
         resident - size(params), arithmetic.forward_work(model, run.mesh, batch, run.itemsize), ceil(texts / rows),
     )  # fmt: skip

@@ -201,8 +201,9 @@ def score_rollouts(context, frozen: Frozen, value_params, rollouts, bias: float)
     for start in range(0, settings.rollouts, rows):
         part = {name: rollouts[name][start : start + rows] for name in ("tokens", "positions", "mask")}
         scored = _score(
-            frozen.reference.config, frozen.reward.config, frozen.reference.params, value_params, frozen.reward.params,
-            context.put_rows(part), settings.response.temperature, shape.compute_dtype, shape.attention,
+            frozen.reference.config, frozen.reward.config, context.mesh, frozen.reference.params, value_params,
+            frozen.reward.params, context.put_rows(part), settings.response.temperature, shape.compute_dtype,
+            shape.attention,
         )  # fmt: skip
         parts.append([on_host(x) for x in scored])
     ref_logprobs, raw_values, raw_scores = (np.concatenate(column) for column in zip(*parts, strict=True))
@@ -219,21 +220,22 @@ def score_rollouts(context, frozen: Frozen, value_params, rollouts, bias: float)
     return same | batch | {"old_values": old_values}, report
 
 
-@partial(jax.jit, static_argnames=("config", "reward_config", "dtype", "attention"))
-def _score(config, reward_config, reference, value, reward, part, temperature, dtype, attention):
+@partial(jax.jit, static_argnames=("config", "reward_config", "mesh", "dtype", "attention"))
+def _score(config, reward_config, mesh, reference, value, reward, part, temperature, dtype, attention):
     """Reference log-probs and values of the completion tokens `[B, N]`, raw reward scores `[B]`."""
     arrays = part["tokens"], part["positions"], part["mask"]
-    ref_logprobs_BN, _ = completion_logprobs(config, reference, *arrays, temperature, dtype, attention=attention)
-    values_BN = completion_values(reward_config, value, *arrays, dtype, attention=attention)
-    scores_BT = values(reward_config, reward, part["tokens"], part["positions"], attention=attention, dtype=dtype)
-    return ref_logprobs_BN, values_BN, last_real(scores_BT, part["positions"])
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # for those who ask which mesh is in use
+        ref_logprobs_BN, _ = completion_logprobs(config, reference, *arrays, temperature, dtype, attention=attention)
+        values_BN = completion_values(reward_config, value, *arrays, dtype, attention=attention)
+        scores_BT = values(reward_config, reward, part["tokens"], part["positions"], attention=attention, dtype=dtype)
+        return ref_logprobs_BN, values_BN, last_real(scores_BT, part["positions"])
 
 
-def lower_score(config, policy, scorer, reference, value, reward, part):
+def lower_score(config, policy, scorer, mesh, reference, value, reward, part):
     """The scoring program of a run's `Config`, lowered from shapes in the place of params and rollouts."""
     temperature, shape = config.ppo.response.temperature, config.model
     return _score.lower(
-        policy, scorer, reference, value, reward, part, temperature, shape.compute_dtype, shape.attention
+        policy, scorer, mesh, reference, value, reward, part, temperature, shape.compute_dtype, shape.attention
     )
 
 

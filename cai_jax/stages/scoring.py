@@ -27,7 +27,7 @@ def score_texts(context, config, params, rows_of_tokens) -> np.ndarray:
             texts = [rows_of_tokens[i] for i in batch] + [[0]] * (rows - len(batch))
             placed = context.put_rows(right_padded(texts, length))
             shape = context.config.model
-            rewards_B = _rewards(config, params, *placed, shape.compute_dtype, shape.attention)
+            rewards_B = _rewards(config, context.mesh, params, *placed, shape.compute_dtype, shape.attention)
             scores[batch] = on_host(rewards_B)[: len(batch)]
     return scores
 
@@ -38,12 +38,14 @@ def rows_of_pass(mesh) -> int:
     return -(-ROWS // ways) * ways
 
 
-def lower_rewards(config, model, params, tokens_BT, positions_BT):
+def lower_rewards(config, model, mesh, params, tokens_BT, positions_BT):
     """The scoring program of a run's `Config`, lowered from shapes in the place of params and texts."""
-    return _rewards.lower(model, params, tokens_BT, positions_BT, config.model.compute_dtype, config.model.attention)
+    shape = config.model
+    return _rewards.lower(model, mesh, params, tokens_BT, positions_BT, shape.compute_dtype, shape.attention)
 
 
-@partial(jax.jit, static_argnames=("config", "dtype", "attention"))
-def _rewards(config, params, tokens_BT, positions_BT, dtype, attention):
-    values_BT = values(config, params, tokens_BT, positions_BT, attention=attention, dtype=dtype)
-    return last_real(values_BT, positions_BT)
+@partial(jax.jit, static_argnames=("config", "mesh", "dtype", "attention"))
+def _rewards(config, mesh, params, tokens_BT, positions_BT, dtype, attention):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # for those who ask which mesh is in use
+        values_BT = values(config, params, tokens_BT, positions_BT, attention=attention, dtype=dtype)
+        return last_real(values_BT, positions_BT)

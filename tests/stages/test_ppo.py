@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from cai_jax import Sampler
-from cai_jax.config import Config, Model, Ppo, Sampling, apply_overrides
+from cai_jax.config import Config, Mesh, Model, Ppo, Sampling, apply_overrides
 from cai_jax.errors import UserError
+from cai_jax.mesh import make_mesh
 from cai_jax.models import transformer
 from cai_jax.models.pretrained import load_model
 from cai_jax.named_runs import load_config
@@ -44,10 +45,14 @@ def rollouts(frozen):
     }  # fmt: skip
 
 
+def one_device():
+    return make_mesh(Mesh(), jax.devices()[:1])
+
+
 def scored(frozen, rollouts, bias):
     settings = Ppo(rollouts=ROWS, minibatches=2, whiten_advantages=False, kl_coef=0.0)
     config = Config(model=Model("random:llama"), description="one update", ppo=settings)
-    context = SimpleNamespace(config=config, put_rows=lambda batch: batch)
+    context = SimpleNamespace(config=config, mesh=one_device(), put_rows=lambda batch: batch)
     return score_rollouts(context, frozen, frozen.reward.params, rollouts, bias)
 
 
@@ -127,8 +132,8 @@ def test_smaller_frozen_models_stay_close(frozen, rollouts, dtype):
     small = Frozen(load_model("random:llama", dtype), load_model("random:llama", dtype, "reward", seed=3), [], PROMPT)
     part = {name: rollouts[name] for name in ("tokens", "positions", "mask")}
     (ref, _, scores), (small_ref, _, small_scores) = (
-        _score(f.reference.config, f.reward.config, f.reference.params, frozen.reward.params, f.reward.params, part,
-               1.0, "float32", "auto")
+        _score(f.reference.config, f.reward.config, one_device(), f.reference.params, frozen.reward.params,
+               f.reward.params, part, 1.0, "float32", "auto")
         for f in (frozen, small)
     )  # fmt: skip
     error = np.abs(ref - small_ref)[rollouts["mask"] > 0]
@@ -140,6 +145,7 @@ def test_scoring_attends_as_the_config_says(frozen, rollouts, monkeypatch):
     asked, choose = [], transformer.choose_backend
 
     def note(wanted, *rest):
+        assert not jax.sharding.get_abstract_mesh().empty, "on several chips a kernel has to know how rows are split"
         asked.append(wanted)
         return choose("xla", *rest)
 
@@ -147,9 +153,9 @@ def test_scoring_attends_as_the_config_says(frozen, rollouts, monkeypatch):
     models = frozen.reference.params, frozen.reward.params, frozen.reward.params
     part = {name: rollouts[name] for name in ("tokens", "positions", "mask")}
     config = Config(Model("random:llama", attention="cudnn"), "as asked")
-    lower_score(config, frozen.reference.config, frozen.reward.config, *models, part)
+    lower_score(config, frozen.reference.config, frozen.reward.config, one_device(), *models, part)
     tokens, positions = part["tokens"], part["positions"]
-    lower_rewards(config, frozen.reward.config, frozen.reward.params, tokens, positions)
+    lower_rewards(config, frozen.reward.config, one_device(), frozen.reward.params, tokens, positions)
     assert asked == ["cudnn"] * 4, "reference, values and scores of rollouts; scores of texts"
 
 
