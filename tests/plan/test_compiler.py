@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -60,3 +61,37 @@ def test_the_compilers_arguments_are_ours(tmp_path):
     for program, line in zip(written["programs"], ours.lines, strict=True):
         # A TPU pads small arrays to its tiles, so what is tiny takes more.
         assert program["arguments_bytes"] >= line.memory.arguments
+
+
+NO_SECOND_COPY = """
+from cai_jax.plan import topology
+topology.set_environment()
+import jax
+from cai_jax import config as configs
+from cai_jax.accelerators import parse_slice
+from cai_jax.mesh import placed, shardings
+from cai_jax.models.families import param_shapes, tiny_config
+from cai_jax.models.transformer import hidden_states
+
+mesh = topology.planned_mesh(configs.Mesh(1, -1), parse_slice("v4-8"))
+model = tiny_config("llama")
+params = param_shapes(model, "policy")
+tokens = jax.ShapeDtypeStruct((8, 128), "int32")
+
+def loss(params, tokens):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        hidden = hidden_states(model, params, tokens, tokens, remat="full", attention="xla", dtype="bfloat16")
+        return hidden.astype("float32").sum()
+
+compiled = jax.jit(jax.grad(loss)).lower(placed(params, shardings(mesh, params)), tokens).compile()
+print("layers", params["layers"]["gate"].shape)
+print(compiled.as_text())
+"""
+
+
+def test_no_copy_of_all_weights_in_the_dtype_of_products():
+    done = subprocess.run([sys.executable, "-c", NO_SECOND_COPY], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (layers, inputs, outputs) = re.search(r"layers \((\d+), (\d+), (\d+)\)", done.stdout).groups()
+    assert f"f32[{layers},{int(inputs) // 4},{outputs}]" in done.stdout
+    assert f"bf16[{layers},{int(inputs) // 4},{outputs}]" not in done.stdout
