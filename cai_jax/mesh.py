@@ -146,21 +146,16 @@ def by_layer(x, weights):
     return jax.lax.optimization_barrier((x, weights))
 
 
-def rounded(weights, dtype):
-    """Inside a loop over layers on a mesh, before a cast: floating leaves as they are, but rounded to that of `dtype`.
+def rounded(leaf, dtype):
+    """Inside a loop over layers on a mesh, before a cast: a floating leaf in its own dtype, rounded as for `dtype`.
 
-    The cast then rounds nothing. Alone it would be drawn out of the loop, through the slice and the barrier (XLA's
-    bfloat16 propagation): a second copy of all weights; it does not pass an operation that computes.
+    The cast then rounds nothing. Alone it would be drawn out of the loop, through slice and barrier (by the TPU
+    compiler's bfloat16 propagation): a second copy of all weights. It does not pass an operation that computes.
     """
-    if not _rows_alone():
-        return weights
     kind = jnp.finfo(dtype)
-
-    def one(leaf):
-        narrower = jnp.issubdtype(leaf.dtype, jnp.floating) and jnp.finfo(leaf.dtype).bits > kind.bits
-        return jax.lax.reduce_precision(leaf, kind.nexp, kind.nmant) if narrower else leaf
-
-    return jax.tree.map(one, weights)
+    if not _rows_alone() or kind.bits >= jnp.finfo(leaf.dtype).bits:
+        return leaf
+    return jax.lax.reduce_precision(leaf, kind.nexp, kind.nmant)
 
 
 def gather_layer(weights):

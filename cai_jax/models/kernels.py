@@ -14,6 +14,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from cai_jax.mesh import rounded
+
 FEW_ROWS = 64  # of activations; up to here a CPU is faster with the weights on the left
 
 
@@ -126,12 +128,17 @@ def _product_backward(form, operands, gradient):
 product.defvjp(_product_forward, _product_backward)
 
 
-def cast(params, dtype):
-    """Every floating leaf in `dtype`; an Int8 kernel keeps its numbers and takes operands of that dtype."""
+def cast(params, dtype, in_loop=False):
+    """Every floating leaf in `dtype`; an Int8 kernel keeps its numbers and takes operands of that dtype.
+
+    `in_loop`: the cast belongs to a loop over layers and must stay there; see `mesh.rounded`.
+    """
 
     def one(leaf):
         if isinstance(leaf, Int8):
             return leaf.replace(dtype=jnp.dtype(dtype).name)
-        return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            return leaf
+        return (rounded(leaf, dtype) if in_loop else leaf).astype(dtype)
 
     return jax.tree.map(one, params, is_leaf=lambda leaf: isinstance(leaf, Int8))

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from cai_jax.mesh import by_layer, by_rows, gather_layer, rounded
+from cai_jax.mesh import by_layer, by_rows, gather_layer
 from cai_jax.models.attention import attend as attend_rows
 from cai_jax.models.attention import choose_backend, softcap
 from cai_jax.models.families import ModelConfig, inverse_frequencies
@@ -69,7 +69,7 @@ def hidden_states(
     def layer(x_BTD, scanned):
         weights, window, rope = scanned
         x_BTD, weights = by_layer(x_BTD, weights)
-        weights = gather_layer(cast(rounded(weights, dtype), dtype) if dtype else weights)
+        weights = gather_layer(cast(weights, dtype, in_loop=True) if dtype else weights)
 
         def attend(q_BTHN, k_BTKN, v_BTKN):
             return attend_rows(config, backend, q_BTHN, k_BTKN, v_BTKN, positions_BT, segments_BT, window)

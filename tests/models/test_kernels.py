@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from cai_jax.models.kernels import Transposed, dot, product
+from cai_jax.models.kernels import Transposed, cast, dot, product, quantize
 
 
 def dots(jaxpr):
@@ -44,3 +44,23 @@ def test_all_products_of_a_step_have_operands_in_the_dtype_of_the_kernel(transpo
     for equation in found:
         assert {operand.aval.dtype for operand in equation.invars} == {jnp.dtype("bfloat16")}
         assert equation.outvars[0].aval.dtype == jnp.float32
+
+
+def test_a_cast_that_stays_in_a_loop_gives_the_same_bits():
+    rng = np.random.default_rng(0)
+    odd = [0.0, -0.0, np.inf, -np.inf, 3.4e38, 1e-40, 1 + 2**-8, 1 + 2**-8 + 2**-20, 1 + 3 * 2**-8]
+    values = np.concatenate([np.asarray(odd, np.float32), rng.standard_normal(10_000).astype(np.float32)])
+    params = {"x": jnp.asarray(values), "int8": quantize(jnp.asarray(rng.standard_normal((8, 4)), jnp.float32))}
+    mesh = jax.sharding.AbstractMesh((1, 2, 1), ("data", "fsdp", "tensor"))
+
+    def both(params):
+        with jax.sharding.use_abstract_mesh(mesh):
+            return cast(params, jnp.bfloat16), cast(params, jnp.bfloat16, in_loop=True)
+
+    assert "reduce_precision" in str(jax.make_jaxpr(both)(params))
+    plain, rounded = jax.jit(both)(params)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(_bits(a), _bits(b)), plain, rounded)
+
+
+def _bits(x):
+    return np.asarray(x).view(f"uint{8 * x.dtype.itemsize}")

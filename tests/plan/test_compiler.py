@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -126,3 +127,37 @@ def test_scoring_and_training_run_the_kernel_on_several_chips():
         "reward_model: score texts": True, "ppo: score rollouts": True, "ppo: train step": True,
         "evaluate: score texts": True,
     }  # fmt: skip
+
+
+NO_SECOND_COPY = """
+from cai_jax.plan import topology
+topology.set_environment()
+import jax
+from cai_jax import config as configs
+from cai_jax.accelerators import parse_slice
+from cai_jax.mesh import placed, shardings
+from cai_jax.models.families import param_shapes, tiny_config
+from cai_jax.models.transformer import hidden_states
+
+mesh = topology.planned_mesh(configs.Mesh(1, -1), parse_slice("v4-8"))
+model = tiny_config("llama")
+params = param_shapes(model, "policy")
+tokens = jax.ShapeDtypeStruct((8, 128), "int32")
+
+def loss(params, tokens):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        hidden = hidden_states(model, params, tokens, tokens, remat="full", attention="xla", dtype="bfloat16")
+        return hidden.astype("float32").sum()
+
+compiled = jax.jit(jax.grad(loss)).lower(placed(params, shardings(mesh, params)), tokens).compile()
+print("layers", params["layers"]["gate"].shape)
+print(compiled.as_text())
+"""
+
+
+def test_no_copy_of_all_weights_in_the_dtype_of_products():
+    done = subprocess.run([sys.executable, "-c", NO_SECOND_COPY], capture_output=True, text=True, env=plain_environment())
+    assert done.returncode == 0, done.stderr
+    (layers, inputs, outputs) = re.search(r"layers \((\d+), (\d+), (\d+)\)", done.stdout).groups()
+    assert f"f32[{layers},{int(inputs) // 4},{outputs}]" in done.stdout
+    assert f"bf16[{layers},{int(inputs) // 4},{outputs}]" not in done.stdout
