@@ -46,6 +46,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, known in (("engines", tuple(SCRIPTS)), ("parts", tuple(PARTS)), ("precisions", PRECISIONS)):
         parser.add_argument(f"--{name}", type=names_of(known), default=known, help=f"of {','.join(known)}")
+    parser.add_argument(
+        "--peer_precisions", type=names_of(PRECISIONS), default=("float32",), help="TRL's; its float32 is compared with"
+    )
     parser.add_argument("--repeats", type=int, default=1, help="measurements of each; medians are shown")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--remat", default="dots", help="ours: a policy of model.remat")
@@ -63,10 +66,7 @@ def main() -> int:
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
     work = prepare(folder, model)
     machine = last_json([sys.executable, HERE / "machine.py"], folder / "machine.log")
-    turns = [
-        (engine, part, precision)
-        for part in options.parts for precision in options.precisions for engine in options.engines
-    ] * options.repeats  # fmt: skip
+    turns = turns_of(options)
     runs = []
     for number, turn in enumerate(turns, start=1):
         runs.append(measured(turn, pythons[turn[0]], folder, options))
@@ -75,6 +75,15 @@ def main() -> int:
             options.json.write_text(json.dumps({"machine": machine, "runs": runs}, indent=1) + "\n")
     print(summary(machine, runs, json.loads((model / "config.json").read_text()), work))
     return int(any("failed" in run for run in runs))
+
+
+def turns_of(options) -> list[tuple[str, str, str]]:
+    """(engine, part, precision) of every measurement, in order: engines take turns, and all of them repeat."""
+    return [
+        (engine, part, precision)
+        for part in options.parts for precision in PRECISIONS for engine in options.engines
+        if precision in (options.precisions if engine == OURS else options.peer_precisions)
+    ] * options.repeats  # fmt: skip
 
 
 def prepare(folder: Path, model: Path) -> dict:
