@@ -47,6 +47,12 @@ class Packing:
         return self.tokens(range(len(self))) / (len(self) * self.length)
 
     @property
+    def limit(self) -> float:
+        """The efficiency that no packing of these examples can exceed."""
+        sizes = [len(example) for row in self.rows for example in row]
+        return sum(sizes) / (fewest_bins(sizes, self.length) * self.length)
+
+    @property
     def mean_length(self) -> float:
         """Tokens of an example, on average: how far one sees another."""
         return self.tokens(range(len(self))) / sum(map(len, self.rows))
@@ -101,10 +107,22 @@ def best_fit(sizes: Iterable[int], length: int) -> list[list[int]]:
     return bins
 
 
-def pack(examples: Sequence[Example], length: int) -> dict[str, np.ndarray]:
-    """All rows of a `Packing` at once."""
-    packing = Packing(examples, length)
-    return packing.take(range(len(packing)))
+def fewest_bins(sizes: Iterable[int], length: int) -> int:
+    """A number of bins of capacity `length` below which `sizes` cannot go: Martello and Toth's second bound.
+
+    Sizes over half of `length` need a bin each. Sizes from k to half share those bins, where one of at most
+    `length - k` has left room, and fill others; smaller ones are left out. The greatest count over all k
+    (Martello and Toth 1990, Discrete Applied Mathematics 28).
+    """
+    ordered = np.sort(np.fromiter(sizes, np.int64))
+    sums = np.concatenate([[0], np.cumsum(ordered)])
+    half = np.searchsorted(ordered, length // 2, side="right")
+    smallest = np.unique(np.concatenate([[0], ordered[:half]]))
+    first = np.searchsorted(ordered, smallest)  # of size k or more
+    full = np.searchsorted(ordered, length - smallest, side="right")  # of more than length - k
+    room = (full - half) * length - (sums[full] - sums[half])
+    more = np.maximum(0, -(-(sums[half] - sums[first] - room) // length))
+    return int(np.max(len(ordered) - half + more))
 
 
 def right_padded(rows_of_tokens: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
