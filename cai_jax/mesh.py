@@ -66,6 +66,12 @@ def platform_of(mesh) -> str:
     return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
 
 
+def platform_in_use() -> str:
+    """The platform of the mesh in use (`jax.set_mesh`; a train step sets its own), without one that of the process."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
+
+
 def shardings(mesh, tree):
     """A NamedSharding for every leaf of a pytree of arrays or shapes; leaves of rank 0 are replicated.
 

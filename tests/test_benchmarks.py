@@ -223,3 +223,17 @@ def tiny_model(folder):
     settings = {f"{name}_token": getattr(tokenizer, f"{name}_token") for name in ("bos", "eos", "pad")}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": tokenizer.chat_template}))
     return folder
+
+
+def test_training_compares_with_the_peer_in_float32_alone_and_shows_how_far_bfloat16_is():
+    training = part("training")
+    turns = training.turns_of(training.parse(["--parts", "sft", "--repeats", "2"]))
+    assert turns == [("ours", "sft", "float32"), ("trl", "sft", "float32"), ("ours", "sft", "bfloat16")] * 2
+    assert ("trl", "sft", "bfloat16") in training.turns_of(training.parse(["--peer_precisions", "bfloat16"]))
+    runs = [
+        {"engine": "ours", "part": "sft", "precision": precision, "losses": losses}
+        for precision, losses in (("float32", [2.0, 1.0]), ("bfloat16", [2.25, 0.5]), ("float32", [2.0, 1.0]))
+    ]
+    lines = training.losses(runs)
+    assert len(lines) == 2 and "float32: 2.0000 1.0000" in lines[0]
+    assert lines[1].endswith("bfloat16: 2.2500 0.5000 (at most 0.5000 from float32)")

@@ -83,8 +83,10 @@ def _reward_model(run: Run) -> list[Program]:
     })  # fmt: skip
     steps = settings.epochs * ceil((pairs - held_out) / settings.batch_size)
     objective = reward_model.objective(run.config, model)
+    adapted = run.adapted(start)
+    _, kept = split(adapted, lora.trainable(adapted))  # what trains is donated to the state
     train = _training(
-        run, "reward_model", objective, start, settings, steps, batch, size(start), [(model, Batch(*shape, None))]
+        run, "reward_model", objective, start, settings, steps, batch, size(kept), [(model, Batch(*shape, None))]
     )
     held = train.resident + train.arguments - size(batch)
     return [train, _rewards(run, "reward_model", model, settings.max_length, held, 2 * held_out)]

@@ -5,9 +5,9 @@ revision is kept. A prompt whose context holds no round is skipped by name: ever
 """
 
 from cai_jax import statistics
-from cai_jax.constitution import explain, satisfies
 from cai_jax.errors import UserError
 from cai_jax.prompts import critique_preamble, critique_request, revision_request
+from cai_jax.rules import explain, satisfies
 from cai_jax.sampler import Generate
 from cai_jax.stages.rows import make_rows, mean, messages_of, sample_dict, unfinished, usable_prompts, watch
 
