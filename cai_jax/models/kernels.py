@@ -15,9 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from cai_jax.mesh import platform_in_use
-
-from cai_jax.mesh import rounded
+from cai_jax.mesh import platform_in_use, rounded
 
 FEW_ROWS = 64  # of activations; up to here a CPU is faster with the weights on the left
 
