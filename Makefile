@@ -35,6 +35,8 @@ env: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(FIND_PYTHON); $(call MAKE_VENV,$(VENV))
 	$(RUN) $(PIP_INSTALL) -c constraints.txt -e '.[test]'
+	@$(RUN) $(PIP_INSTALL) -c constraints.txt --no-deps --upgrade --target $(VENV)/libtpu libtpu || \
+	  echo "no TPU compiler for this machine: --plan does arithmetic alone, and its tests that compile are skipped" >&2
 	@touch $@
 
 model: env
@@ -46,7 +48,7 @@ lint: env
 
 lock:
 	@set -e; $(FIND_PYTHON); work=$$(mktemp -d); trap 'rm -rf "$$work"' EXIT; $(call MAKE_VENV,"$$work"); \
-	"$$work/bin/python" $(PIP_INSTALL) -e '.[test]' ruff; \
+	"$$work/bin/python" $(PIP_INSTALL) -e '.[test,plan]' ruff; \
 	grep '^#' constraints.txt > "$$work/pins"; \
 	"$$work/bin/python" -m pip freeze --exclude-editable >> "$$work/pins"; \
 	! grep -n ' @ ' "$$work/pins" || { echo "error: pip took the packages above from files; take them from an index" >&2; exit 2; }; \

@@ -95,6 +95,7 @@ def ppo(work, options, mesh, clock):
     shape = configs.Model(work["model"], compute_dtype=options.precision, remat=options.remat)
     context = SimpleNamespace(
         config=configs.Config(shape, "benchmark", ppo=settings),
+        mesh=mesh,
         put_rows=lambda batch: put_rows(mesh, batch),
         row_seed=lambda *parts: row_seed(0, *parts),
     )

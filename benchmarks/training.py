@@ -1,13 +1,13 @@
 """Training against TRL, in one table: SFT, pairwise reward model, PPO.
 
-    python benchmarks/training.py [--repeats 1] [--json FILE] [--engines ours,trl] [--parts sft,pairwise,ppo] ...
+    python benchmarks/training.py [--repeats 3] [--json FILE] [--engines ours,trl] [--parts sft,pairwise,ppo] ...
 
 SmolLM2-135M-Instruct in all places. SFT: 8 rows of 512 tokens a step, all of them counted. Pairwise: 4 pairs a step,
 each a prompt of 256 tokens with two responses of 256. PPO: 8 prompts of 64 tokens, 64 sampled after each, then 4
-optimizer steps with all rows; policy, value, reference and reward model have 135M parameters each. The text is this
-repository's. AdamW as TRL has it; gradient checkpointing is off in TRL. Every measurement is a process of its own with
-two threads; engines take turns; loading, compiling and the first step are not counted. Memory is the most that the
-process has held.
+optimizer steps with all rows; policy, value, reference and reward model have 135M parameters each. Ours runs in float32
+and with bfloat16 operands, TRL in float32, with which both are compared. The text is this repository's. AdamW as TRL
+has it; gradient checkpointing is off in TRL. Every measurement is a process of its own with two threads; engines take
+turns; loading, compiling and the first step are not counted. Memory is the most that the process has held.
 """
 
 import argparse
@@ -46,6 +46,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, known in (("engines", tuple(SCRIPTS)), ("parts", tuple(PARTS)), ("precisions", PRECISIONS)):
         parser.add_argument(f"--{name}", type=names_of(known), default=known, help=f"of {','.join(known)}")
+    parser.add_argument(
+        "--peer_precisions", type=names_of(PRECISIONS), default=("float32",), help="TRL's; its float32 is compared with"
+    )
     parser.add_argument("--repeats", type=int, default=1, help="measurements of each; medians are shown")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--remat", default="dots", help="ours: a policy of model.remat")
@@ -63,10 +66,7 @@ def main() -> int:
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
     work = prepare(folder, model)
     machine = last_json([sys.executable, HERE / "machine.py"], folder / "machine.log")
-    turns = [
-        (engine, part, precision)
-        for part in options.parts for precision in options.precisions for engine in options.engines
-    ] * options.repeats  # fmt: skip
+    turns = turns_of(options)
     runs = []
     for number, turn in enumerate(turns, start=1):
         runs.append(measured(turn, pythons[turn[0]], folder, options))
@@ -75,6 +75,15 @@ def main() -> int:
             options.json.write_text(json.dumps({"machine": machine, "runs": runs}, indent=1) + "\n")
     print(summary(machine, runs, json.loads((model / "config.json").read_text()), work))
     return int(any("failed" in run for run in runs))
+
+
+def turns_of(options) -> list[tuple[str, str, str]]:
+    """(engine, part, precision) of every measurement, in order: engines take turns, and all of them repeat."""
+    return [
+        (engine, part, precision)
+        for part in options.parts for precision in PRECISIONS for engine in options.engines
+        if precision in (options.precisions if engine == OURS else options.peer_precisions)
+    ] * options.repeats  # fmt: skip
 
 
 def prepare(folder: Path, model: Path) -> dict:
@@ -210,12 +219,23 @@ def table(runs: list[dict], machine: dict, config: dict) -> list[str]:
 
 
 def losses(runs: list[dict]) -> list[str]:
-    """The losses of the steps, a line for each run."""
-    return [
-        f"losses of {run['part']}, {run['engine']}, {run['precision']}: "
-        + " ".join(f"{loss:.4f}" for loss in run["losses"])
-        for run in runs if run["losses"]
-    ]  # fmt: skip
+    """The losses of the steps, a line for each part, engine and precision, and how far bfloat16 is from float32.
+
+    Runs of one kind have the same losses: the first of them is shown.
+    """
+    curves: dict[tuple, list[float]] = {}
+    for run in runs:
+        curves.setdefault((run["part"], run["engine"], run["precision"]), run["losses"])
+    lines = []
+    for (part, engine, precision), curve in curves.items():
+        line = f"losses of {part}, {engine}, {precision}: " + " ".join(f"{loss:.4f}" for loss in curve)
+        exact = curves.get((part, engine, "float32"))
+        if precision != "float32" and exact:
+            furthest = max(abs(loss - other) for loss, other in zip(curve, exact, strict=True))
+            line += f" (at most {furthest:.4f} from float32)"
+        if curve:
+            lines.append(line)
+    return lines
 
 
 if __name__ == "__main__":

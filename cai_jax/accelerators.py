@@ -6,6 +6,7 @@ Peaks are the makers' figures for dense products: a program runs below them. Sou
 import difflib
 import re
 from dataclasses import dataclass
+from math import prod
 
 from cai_jax.errors import UserError
 
@@ -36,17 +37,18 @@ class Accelerator:
         return int(self.memory * USABLE)
 
 
+# Google's gigabytes of a chip are GiB: its compiler has 30.75, 15.75, 95.74 and 31.25 GiB to give (libtpu 0.0.42).
 ACCELERATORS = {
     chip.name: chip
     for chip in (
         # https://cloud.google.com/tpu/docs/v4; links: six of 50 GB/s (Jouppi et al. 2023, arXiv 2304.01433)
         Accelerator("v4", "tpu", 275e12, 32 * GIB, 1200e9, 300e9),
-        # https://cloud.google.com/tpu/docs/v5e: 1600 Gbit/s
+        # https://cloud.google.com/tpu/docs/v5e: links 400 GB/s both ways
         Accelerator("v5e", "tpu", 197e12, 16 * GIB, 819e9, 200e9),
-        # https://cloud.google.com/tpu/docs/v5p: 95 GB, 4800 Gbit/s
-        Accelerator("v5p", "tpu", 459e12, 95 * 10**9, 2765e9, 600e9),
-        # https://cloud.google.com/tpu/docs/v6e: 800 GB/s both ways
-        Accelerator("v6e", "tpu", 918e12, 32 * 10**9, 1638e9, 400e9),
+        # https://cloud.google.com/tpu/docs/v5p: links 4800 Gbit/s
+        Accelerator("v5p", "tpu", 459e12, 95 * GIB, 2765e9, 600e9),
+        # https://cloud.google.com/tpu/docs/v6e: links 800 GB/s both ways
+        Accelerator("v6e", "tpu", 918e12, 32 * GIB, 1600e9, 400e9),
         # https://www.nvidia.com/en-us/data-center/a100: NVLink 600 GB/s both ways; DGX A100: 200 Gbit/s a GPU outwards
         Accelerator("a100-40", "gpu", 312e12, 40 * 10**9, 1555e9, 300e9, 25e9),
         Accelerator("a100-80", "gpu", 312e12, 80 * 10**9, 2039e9, 300e9, 25e9),
@@ -69,7 +71,7 @@ _KINDS = (
     (r"h200(?! nvl)", "h200"),
 )
 
-# Chips along the axes of the slices that Google Cloud sells.
+# Chips along the axes of the slices that Google Cloud sells: "Configurations" of the pages above.
 _TORUS_3D = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4), (4, 4, 4), (4, 4, 8), (4, 8, 8), (8, 8, 8), (8, 8, 16))
 _TORUS_2D = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
 _GPUS = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -84,6 +86,25 @@ class Slice:
     chip: Accelerator
     chips: int
     shape: tuple[int, ...] = ()
+
+    @property
+    def host(self) -> tuple[int, ...]:
+        """Chips of one machine, along the axes of the torus: four, or a whole slice of v5e or v6e of up to eight."""
+        if self.chip.platform == "gpu":
+            return (min(self.chips, GPUS_PER_MACHINE),)
+        return self.shape if len(self.shape) == 2 and self.chips <= 8 else (2, 2, 1)[: len(self.shape)]
+
+    @property
+    def machines(self) -> int:
+        """Machines that hold the chips, each with a process of the run."""
+        return self.chips // prod(self.host)
+
+    @property
+    def wraps(self) -> tuple[bool, ...]:
+        """Along which axes of a TPU's torus the last chip is linked to the first: whole cubes of 4x4x4, or 16 chips."""
+        if len(self.shape) == 3:
+            return (all(size % 4 == 0 for size in self.shape),) * 3
+        return tuple(size == 16 for size in self.shape)
 
     @property
     def link(self) -> float:
@@ -105,7 +126,7 @@ def slices_of(chip: Accelerator) -> tuple[Slice, ...]:
     if chip.platform == "gpu":
         return tuple(Slice(f"{chip.name}x{n}", chip, n) for n in _GPUS)
     cores, shapes = (2, _TORUS_3D) if chip.name in ("v4", "v5p") else (1, _TORUS_2D)
-    sized = ((_product(shape), shape) for shape in shapes)
+    sized = ((prod(shape), shape) for shape in shapes)
     return tuple(Slice(f"{chip.name}-{cores * chips}", chip, chips, shape) for chips, shape in sized)
 
 
@@ -126,10 +147,3 @@ def _nearest(wanted: str, known: dict[str, Slice]) -> list[str]:
         number = re.compile(r"\d+$")
         same.sort(key=lambda piece: abs(int(number.search(piece.name)[0]) - int(size)))
     return [piece.name for piece in same[:3]] or difflib.get_close_matches(wanted, known, 3, 0.3) or ["v4-32", "h100x8"]
-
-
-def _product(sizes: tuple[int, ...]) -> int:
-    total = 1
-    for size in sizes:
-        total *= size
-    return total

@@ -18,35 +18,17 @@
         - {prompt: ..., principle: brief, response_a: ..., response_b: ..., answer: A}
 """
 
-import math
 import os
 import re
 import unicodedata
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from datetime import date, datetime
 from pathlib import Path
 
 from cai_jax.errors import UserError, did_you_mean
 from cai_jax.provenance import content_hash
+from cai_jax.rules import RULES, Check, contradiction, listed, set_bounds
 from cai_jax.strict_yaml import read_yaml
-
-
-@dataclass(frozen=True)
-class Check:
-    """A rule on a response text; every bound that is set must hold. `satisfies` decides, `explain` says it.
-
-    White space around the text does not count. A word is what stands between white space, a character is a
-    Unicode code point, a pattern is a Python regular expression searched anywhere in the text.
-    """
-
-    max_words: int | None = None
-    min_words: int | None = None
-    max_characters: int | None = None
-    required_pattern: str | None = None
-    forbidden_pattern: str | None = None
-    starts_with: str | None = None
-    ends_with: str | None = None
 
 
 @dataclass(frozen=True)
@@ -126,63 +108,6 @@ def shipped_constitutions() -> list[str]:
     return sorted(path.stem for path in _shipped_folder().glob("*.yaml"))
 
 
-# ---------------------------------------------------------------- checks
-
-
-def satisfies(check: Check, text: str) -> bool:
-    """Whether the text keeps the rule: exact, no model involved."""
-    text = text.strip()
-    return all(_RULES[name].holds(bound, text) for name, bound in _set_bounds(check).items())
-
-
-def explain(check: Check) -> str:
-    """The rule as one sentence for people."""
-    clauses = [_RULES[name].clause(bound) for name, bound in _set_bounds(check).items()]
-    return f"The text {_listed(clauses)}."
-
-
-@dataclass(frozen=True)
-class _Rule:
-    type: type
-    holds: Callable[[int | str, str], bool]
-    clause: Callable[[int | str], str]
-
-
-def _counted(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
-
-
-_RULES = {
-    "max_words": _Rule(
-        int, lambda n, text: len(text.split()) <= n, lambda n: f"has at most {_counted(n, 'word')}"
-    ),
-    "min_words": _Rule(
-        int, lambda n, text: len(text.split()) >= n, lambda n: f"has at least {_counted(n, 'word')}"
-    ),
-    "max_characters": _Rule(
-        int, lambda n, text: len(text) <= n, lambda n: f"has at most {_counted(n, 'character')}"
-    ),
-    "required_pattern": _Rule(
-        str,
-        lambda pattern, text: re.search(pattern, text) is not None,
-        lambda pattern: f"holds something that matches the pattern `{pattern}`",
-    ),
-    "forbidden_pattern": _Rule(
-        str,
-        lambda pattern, text: re.search(pattern, text) is None,
-        lambda pattern: f"holds nothing that matches the pattern `{pattern}`",
-    ),
-    "starts_with": _Rule(
-        str, lambda start, text: text.startswith(start), lambda start: f'starts with "{start}"'
-    ),
-    "ends_with": _Rule(str, lambda end, text: text.endswith(end), lambda end: f'ends with "{end}"'),
-}
-
-
-def _set_bounds(check: Check) -> dict:
-    return {f.name: bound for f in fields(check) if (bound := getattr(check, f.name)) is not None}
-
-
 # ---------------------------------------------------------------- files
 
 
@@ -218,7 +143,7 @@ _TYPE_NAMES = {
 
 def _constitution(data, path: str) -> Constitution:
     if data is None:
-        raise _fault(path, f"the file is empty; a constitution has {_listed(_TOP)}")
+        raise _fault(path, f"the file is empty; a constitution has {listed(_TOP)}")
     _check_keys(data, path, required=_TOP, optional=("few_shots",))
     name, version = _line(data, "name", path), _line(data, "version", path)
     principles = tuple(
@@ -250,7 +175,7 @@ def _principle(data, where: str) -> Principle:
     check = _check(data["check"], where) if "check" in data else None
     opposite = _text(data, "opposite", where) if "opposite" in data else ""
     # What is not set stays out of the hash: a new field or kind of rule changes no old hash.
-    hashed = content | ({"check": _set_bounds(check)} if check else {}) | ({"opposite": opposite} if opposite else {})
+    hashed = content | ({"check": set_bounds(check)} if check else {}) | ({"opposite": opposite} if opposite else {})
     return Principle(**content, check=check, hash=content_hash(hashed), opposite=opposite)
 
 
@@ -264,19 +189,19 @@ def _refuse_double_ids(principles: tuple[Principle, ...], path: str) -> None:
 
 
 def _check(data, where: str) -> Check:
-    _check_keys(data, where, optional=tuple(_RULES), prefix="check")
+    _check_keys(data, where, optional=tuple(RULES), prefix="check")
     if not data:
-        raise _fault(where, f"check is empty; remove it, or set {_listed(_RULES, last='or')}")
+        raise _fault(where, f"check is empty; remove it, or set {listed(RULES, last='or')}")
     for name, bound in data.items():
-        if _RULES[name].type is int and (type(bound) is not int or bound < 1):
+        if RULES[name].type is int and (type(bound) is not int or bound < 1):
             raise _fault(where, f"check.{name} must be a whole number of at least 1, not {_shown(bound)}")
-        if _RULES[name].type is str:
+        if RULES[name].type is str:
             _require_text(bound, f"check.{name}", where, blank="")
         if name.endswith("_pattern"):
             _require_pattern(bound, f"check.{name}", where)
     check = Check(**data)
-    if contradiction := _contradiction(check):
-        raise _fault(where, f"check: {contradiction}")
+    if why := contradiction(check):
+        raise _fault(where, f"check: {why}")
     return check
 
 
@@ -285,24 +210,6 @@ def _require_pattern(pattern: str, field: str, where: str) -> None:
         re.compile(pattern)
     except (re.error, OverflowError, RecursionError) as error:
         raise _fault(where, f"{field} is not a Python regular expression: {error}") from None
-
-
-def _contradiction(check: Check) -> str | None:
-    """Why no text could keep the rule, where that is plain from the bounds."""
-    ends = {name: value for name in ("starts_with", "ends_with") if (value := getattr(check, name))}
-    if ends.get("starts_with", "x")[0].isspace() or ends.get("ends_with", "x")[-1].isspace():
-        return "starts_with cannot begin, nor ends_with end, with white space: the check does not see it"
-    most_words = check.max_words or math.inf
-    most_characters = check.max_characters or math.inf
-    least_words = check.min_words or 0
-    if least_words > most_words:
-        return f"min_words {least_words} is more than max_words {most_words}"
-    if 2 * least_words - 1 > most_characters:
-        return f"{_counted(least_words, 'word')} need more than max_characters {most_characters}"
-    for name, value in ends.items():
-        if len(value) > most_characters or len(value.split()) > most_words:
-            return f"{name} is longer than the check allows a text to be"
-    return None
 
 
 def _few_shots(data: dict, path: str, ids: list[str]) -> tuple[tuple, tuple]:
@@ -346,11 +253,11 @@ def _check_keys(data, where: str, required=(), optional=(), prefix: str = "") ->
     known = (*required, *optional)
     if not isinstance(data, dict):
         named = f"{prefix} must" if prefix else "must"
-        raise _fault(where, f"{named} be a mapping with {_listed(required or known)}, not {_type_name(data)}")
+        raise _fault(where, f"{named} be a mapping with {listed(required or known)}, not {_type_name(data)}")
     dot = f"{prefix}." if prefix else ""
     for key in data:
         if key not in known:
-            nearest = did_you_mean(str(key), known) or f" (known: {_listed(known)})"
+            nearest = did_you_mean(str(key), known) or f" (known: {listed(known)})"
             raise _fault(where, f"unknown field {dot}{_shown(key)}{nearest}")
     for name in required:
         if name not in data:
@@ -390,11 +297,6 @@ def _require_text(value, name: str, where: str, blank: str | None) -> None:
 
 def _type_name(value) -> str:
     return "nothing" if value is None else _TYPE_NAMES.get(type(value), type(value).__name__)
-
-
-def _listed(names, last: str = "and") -> str:
-    *head, tail = names
-    return f"{', '.join(head)} {last} {tail}" if head else tail
 
 
 def _shown(value) -> str:

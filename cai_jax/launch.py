@@ -27,7 +27,7 @@ from pathlib import Path
 
 from absl import app, flags, logging
 
-from cai_jax import distributed, interrupts, provenance
+from cai_jax import distributed, interrupts, provenance, run_folder
 from cai_jax.config import Config, cache_folder
 from cai_jax.config_rules import validate
 from cai_jax.errors import UserError
@@ -124,7 +124,7 @@ def resolve_config() -> tuple[str, Config]:
 def run(name: str, config: Config, fresh: bool, command: list[str], profile: bool = False) -> str:
     """Run the config's stages in its run folder and return the path of the report."""
     with contextlib.ExitStack() as held:
-        lock = provenance.locked_run_folder(config.run_dir)
+        lock = run_folder.locked_run_folder(config.run_dir)
         run_dir = Path(distributed.by_first(lambda: str(held.enter_context(lock))))
         profiler = Profiler(run_dir / "profile") if profile and distributed.first() else None
         if distributed.first():

@@ -8,6 +8,7 @@ import re
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -63,6 +64,12 @@ def axis_sizes(config, count: int) -> tuple[int, int, int]:
 def platform_of(mesh) -> str:
     """Where the programs of a mesh run (cpu, gpu, tpu); that is not where the process runs that compiles them."""
     return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+
+
+def platform_in_use() -> str:
+    """The platform of the mesh in use (`jax.set_mesh`; a train step sets its own), without one that of the process."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
 
 
 def shardings(mesh, tree):
@@ -143,6 +150,18 @@ def by_layer(x, weights):
     if not _rows_alone():
         return x, weights
     return jax.lax.optimization_barrier((x, weights))
+
+
+def rounded(leaf, dtype):
+    """Inside a loop over layers on a mesh, before a cast: a floating leaf in its own dtype, rounded as for `dtype`.
+
+    The cast then rounds nothing. Alone it would be drawn out of the loop, through slice and barrier (by the TPU
+    compiler's bfloat16 propagation): a second copy of all weights. It does not pass an operation that computes.
+    """
+    kind = jnp.finfo(dtype)
+    if not _rows_alone() or kind.bits >= jnp.finfo(leaf.dtype).bits:
+        return leaf
+    return jax.lax.reduce_precision(leaf, kind.nexp, kind.nmant)
 
 
 def gather_layer(weights):

@@ -19,7 +19,8 @@ from pathlib import Path
 from cai_jax.accelerators import by_device_kind
 from cai_jax.errors import UserError
 from cai_jax.memory import device_memory
-from cai_jax.provenance import MetricsFile, read_json, write_json
+from cai_jax.provenance import read_json, write_json
+from cai_jax.run_folder import MetricsFile
 
 
 def check_wandb(project: str) -> None:

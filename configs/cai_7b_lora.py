@@ -1,44 +1,20 @@
 """The whole of Constitutional AI on a 7B model with adapters, on one machine with 8 x H100."""
 
 from cai_jax import config as c
+from cai_jax import recipes
 
 
 def config() -> c.Config:
-    long = c.Sampling(max_new_tokens=512)
     return c.Config(
         description="all stages with LoRA on Mistral-7B-Instruct, for one machine with eight H100",
-        model=c.Model("mistralai/Mistral-7B-Instruct-v0.3", dtype="bfloat16", compute_dtype="bfloat16", remat="full"),
+        model=recipes.frozen_mistral_7b(),
         mesh=c.Mesh(data=1, fsdp=-1),
-        sampler=c.Sampler(rows=128, max_length=3072, prefill_tokens=8192),
-        lora=c.Lora(rank=64, alpha=128.0),
-        critique_revision=c.CritiqueRevision(
-            rounds=4,
-            response=long,
-            critique=c.Sampling(max_new_tokens=256),
-            revision=long,
-            rows_per_shard=256,
-        ),
-        sft=c.Sft(
-            batch_size=32,
-            sequence_length=2048,
-            helpful=long,
-            rows_per_shard=256,
-            optimizer=c.Optimizer(learning_rate=1e-4),
-            checkpoint_every=50,
-        ),
-        preferences=c.Preferences(response=long, pairs_per_prompt=4, rows_per_shard=256),
-        reward_model=c.RewardModel(
-            batch_size=64, microbatches=2, max_length=1024, optimizer=c.Optimizer(learning_rate=1e-4)
-        ),
-        ppo=c.Ppo(
-            updates=200,
-            rollouts=512,
-            epochs=1,
-            minibatches=4,
-            microbatches=4,
-            max_prompt_tokens=512,
-            response=long,
-            optimizer=c.Optimizer(learning_rate=1e-5, schedule="linear", eps=1e-5),
-        ),
-        evaluate=c.Evaluate(response=c.Sampling(temperature=0.0, max_new_tokens=512), rows_per_shard=256),
+        sampler=recipes.conversations(),
+        lora=recipes.adapters(),
+        critique_revision=recipes.critique_revision(),
+        sft=recipes.sft(learning_rate=1e-4),
+        preferences=recipes.preferences(),
+        reward_model=recipes.reward_model(learning_rate=1e-4),
+        ppo=recipes.ppo(learning_rate=1e-5, microbatches=4),
+        evaluate=recipes.evaluate(),
     )

@@ -1,6 +1,7 @@
 """Preference labels and the reward model at 7B, from the SL-CAI model of cai_7b."""
 
 from cai_jax import config as c
+from cai_jax import recipes
 
 
 def config() -> c.Config:
@@ -8,12 +9,10 @@ def config() -> c.Config:
     return c.Config(
         description="AI preference labels and a reward model at 7B, from the SL-CAI model of cai_7b",
         stages=("preferences", "reward_model"),
-        model=c.Model("mistralai/Mistral-7B-Instruct-v0.3", compute_dtype="bfloat16", remat="full"),
+        model=recipes.mistral_7b(),
         # Two chips share a copy of the sampler's weights: making one on every chip needs more than a v4 has.
         mesh=c.Mesh(data=1, fsdp=-1, tensor=2),
-        sampler=c.Sampler(rows=128, max_length=3072, prefill_tokens=8192),
-        preferences=c.Preferences(
-            policy=sl_cai, response=c.Sampling(max_new_tokens=512), pairs_per_prompt=4, rows_per_shard=256
-        ),
-        reward_model=c.RewardModel(start=sl_cai, batch_size=64, microbatches=2, max_length=1024),
+        sampler=recipes.conversations(),
+        preferences=recipes.preferences(policy=sl_cai),
+        reward_model=recipes.reward_model(learning_rate=1e-5, start=sl_cai),
     )

@@ -1,29 +1,16 @@
 """SL-CAI of a 7B model: critiques and revisions, then fine-tuning on them."""
 
 from cai_jax import config as c
+from cai_jax import recipes
 
 
 def config() -> c.Config:
-    long = c.Sampling(max_new_tokens=512)
     return c.Config(
         description="SL-CAI on Mistral-7B-Instruct: critiques, revisions and fine-tuning on them",
         stages=("critique_revision", "sft"),
-        model=c.Model("mistralai/Mistral-7B-Instruct-v0.3", compute_dtype="bfloat16", remat="full"),
+        model=recipes.mistral_7b(),
         mesh=c.Mesh(data=1, fsdp=-1),
-        sampler=c.Sampler(rows=128, max_length=3072, prefill_tokens=8192),
-        critique_revision=c.CritiqueRevision(
-            rounds=4,
-            response=long,
-            critique=c.Sampling(max_new_tokens=256),
-            revision=long,
-            rows_per_shard=256,
-        ),
-        sft=c.Sft(
-            batch_size=32,
-            sequence_length=2048,
-            helpful=long,
-            rows_per_shard=256,
-            optimizer=c.Optimizer(learning_rate=1e-5),
-            checkpoint_every=50,
-        ),
+        sampler=recipes.conversations(),
+        critique_revision=recipes.critique_revision(),
+        sft=recipes.sft(learning_rate=1e-5),
     )

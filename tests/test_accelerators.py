@@ -5,22 +5,57 @@ from cai_jax.errors import UserError
 
 
 @pytest.mark.parametrize(
-    "name, chips, shape",
+    "name, chips, machines, shape",
     [
-        ("v4-8", 4, (2, 2, 1)),
-        ("v4-32", 16, (2, 2, 4)),
-        ("v4-512", 256, (4, 8, 8)),
-        ("v5p-8", 4, (2, 2, 1)),
-        ("v5e-16", 16, (4, 4)),
-        ("v5litepod-16", 16, (4, 4)),
-        ("v6e-8", 8, (2, 4)),
-        ("V4-32", 16, (2, 2, 4)),
-        ("h100x8", 8, ()),
+        ("v4-8", 4, 1, (2, 2, 1)),
+        ("v4-16", 8, 2, (2, 2, 2)),
+        ("v4-32", 16, 4, (2, 2, 4)),
+        ("v4-64", 32, 8, (2, 4, 4)),
+        ("v4-128", 64, 16, (4, 4, 4)),
+        ("v4-256", 128, 32, (4, 4, 8)),
+        ("v4-512", 256, 64, (4, 8, 8)),
+        ("v5p-8", 4, 1, (2, 2, 1)),
+        ("v5p-16", 8, 2, (2, 2, 2)),
+        ("v5p-32", 16, 4, (2, 2, 4)),
+        ("v5p-2048", 1024, 256, (8, 8, 16)),
+        ("v5e-1", 1, 1, (1, 1)),
+        ("v5e-4", 4, 1, (2, 2)),
+        ("v5e-8", 8, 1, (2, 4)),
+        ("v5e-16", 16, 4, (4, 4)),
+        ("v5litepod-16", 16, 4, (4, 4)),
+        ("v5e-128", 128, 32, (8, 16)),
+        ("v6e-8", 8, 1, (2, 4)),
+        ("v6e-16", 16, 4, (4, 4)),
+        ("v6e-256", 256, 64, (16, 16)),
+        ("V4-32", 16, 4, (2, 2, 4)),
+        ("h100x8", 8, 1, ()),
+        ("h100x32", 32, 4, ()),
+        ("h200x2", 2, 1, ()),
     ],
 )
-def test_names_of_slices(name, chips, shape):
+def test_names_of_slices(name, chips, machines, shape):
     piece = parse_slice(name)
-    assert (piece.chips, piece.shape) == (chips, shape)
+    assert (piece.chips, piece.machines, piece.shape) == (chips, machines, shape)
+
+
+@pytest.mark.parametrize(
+    "name, wraps",
+    [
+        ("v4-64", (False, False, False)),
+        ("v4-128", (True, True, True)),
+        ("v5p-512", (True, True, True)),
+        ("v5e-64", (False, False)),
+        ("v6e-128", (False, True)),
+        ("v5e-256", (True, True)),
+    ],
+)
+def test_where_a_torus_closes(name, wraps):
+    assert parse_slice(name).wraps == wraps
+
+
+@pytest.mark.parametrize("chip, compilers", [("v4", 30.75), ("v5e", 15.75), ("v5p", 95.74), ("v6e", 31.25)])
+def test_a_plan_fills_no_more_than_the_compiler_gives(chip, compilers):
+    assert 0.9 * compilers < ACCELERATORS[chip].usable / GIB < compilers
 
 
 @pytest.mark.parametrize(

@@ -165,7 +165,7 @@ def test_result_is_the_last_line_and_a_failure_names_its_log(driver, tmp_path):
 
 def test_our_own_work_is_not_the_load_of_others(driver, tmp_path):
     script = tmp_path / "busy.py"
-    script.write_text("import time\nend = time.time() + 1\nwhile time.time() < end: pass\nprint('{}')")
+    script.write_text("import time\nwhile time.process_time() < 1: pass\nprint('{}')")
     others = driver.OthersUse()
     before = driver.busy_seconds()
     driver.last_json([sys.executable, script], tmp_path / "log")
@@ -223,3 +223,17 @@ def tiny_model(folder):
     settings = {f"{name}_token": getattr(tokenizer, f"{name}_token") for name in ("bos", "eos", "pad")}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": tokenizer.chat_template}))
     return folder
+
+
+def test_training_compares_with_the_peer_in_float32_alone_and_shows_how_far_bfloat16_is():
+    training = part("training")
+    turns = training.turns_of(training.parse(["--parts", "sft", "--repeats", "2"]))
+    assert turns == [("ours", "sft", "float32"), ("trl", "sft", "float32"), ("ours", "sft", "bfloat16")] * 2
+    assert ("trl", "sft", "bfloat16") in training.turns_of(training.parse(["--peer_precisions", "bfloat16"]))
+    runs = [
+        {"engine": "ours", "part": "sft", "precision": precision, "losses": losses}
+        for precision, losses in (("float32", [2.0, 1.0]), ("bfloat16", [2.25, 0.5]), ("float32", [2.0, 1.0]))
+    ]
+    lines = training.losses(runs)
+    assert len(lines) == 2 and "float32: 2.0000 1.0000" in lines[0]
+    assert lines[1].endswith("bfloat16: 2.2500 0.5000 (at most 0.5000 from float32)")

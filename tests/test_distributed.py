@@ -117,7 +117,7 @@ from cai_jax import Sampler, Sampling, load_model
 from cai_jax.config import Mesh
 from cai_jax.errors import UserError
 from cai_jax.mesh import make_mesh, on_host, place_rows, shardings
-from cai_jax.provenance import MetricsFile, StageFolder
+from cai_jax.run_folder import MetricsFile, StageFolder
 from cai_jax.sampler import Generate, Outside
 from cai_jax.training.checkpoint import Checkpoints
 

@@ -17,7 +17,8 @@ from cai_jax.errors import UserError
 from cai_jax.named_runs import load_config
 from cai_jax.overrides import apply_overrides, flatten
 from cai_jax.progress import Progress, duration
-from cai_jax.provenance import locked_run_folder, read_json
+from cai_jax.provenance import read_json
+from cai_jax.run_folder import locked_run_folder
 
 _ROOT = Path(launch.__file__).parent.parent
 

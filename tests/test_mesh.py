@@ -74,10 +74,17 @@ def test_training_and_sampling_give_the_same_numbers_on_eight_devices():
 
 EVERY_OBJECTIVE = """
 import json, sys
+from dataclasses import replace
+from types import SimpleNamespace
 import jax, numpy as np
 from cai_jax import config as configs, load_model
 from cai_jax.mesh import make_mesh, put_rows, shardings
 from cai_jax.objectives import model_losses as losses
+from cai_jax.objectives.ppo import no_scores
+from cai_jax.stages.ppo import Frozen, score_rollouts
+from cai_jax.stages.rewards import Source
+from cai_jax.stages.rollouts import Prompts, Rollouts
+from cai_jax.stages.scoring import score_texts
 from cai_jax.training.batches import pair_rows
 from cai_jax.training.step import start_training
 
@@ -111,9 +118,28 @@ work = {
                                  value_coef=0.1, attention=attention),
             {"p": {"policy": policy.params, "value": reward.params}}, rollouts),
 }
-found = {}
+texts = [rng.integers(3, 250, n).tolist() for n in rng.integers(3, 60, 20)]
+small, policy_values = load_model("random:llama", "int8"), load_model("random:llama", kind="reward", seed=2)
+run = configs.Config(configs.Model("random:llama", attention=attention), "a test",
+                     ppo=configs.Ppo(rollouts=B, minibatches=1, microbatches=microbatches))
+
+def scores(mesh):
+    '''What the stages score: rollouts by an int8 reference, values and rewards; texts by the reward model.'''
+    context = SimpleNamespace(config=run, mesh=mesh, put_rows=lambda batch: put_rows(mesh, batch))
+    place = lambda model: replace(model, params=jax.device_put(model.params, shardings(mesh, model.params)))
+    scorer = place(reward)
+    frozen = Frozen(place(small), Source("model", scorer), Prompts([], P), scorer.config)
+    asked = Rollouts("update-0", [], [], {**rollouts, "truncated": lengths == N})
+    params = {"policy": None, "value": place(policy_values).params}
+    batch, report, _ = score_rollouts(context, frozen, params, asked, 0.5, 0.02, no_scores())
+    scored = {name: batch[name] for name in ("old_values", "advantages", "returns")}
+    texts_scored = score_texts(context, scorer.config, scorer.params, texts)
+    return {name: np.asarray(x).tolist() for name, x in {**scored, **report, "texts": texts_scored}.items()}
+
+found, scored = {}, []
 for shape in shapes:
     mesh = make_mesh(configs.Mesh(*shape), jax.devices()[: np.prod(shape)])
+    scored.append(scores(mesh))
     for name, (objective, params, batch) in work.items():
         params = jax.device_put(params["p"], shardings(mesh, params["p"]))
         settings = configs.Optimizer(learning_rate=1e-2, schedule="constant", warmup_fraction=0.0)
@@ -123,12 +149,12 @@ for shape in shapes:
             state, metrics = step(state, put_rows(mesh, batch))
             rows.append({key: float(x) for key, x in metrics.items()})
         found.setdefault(name, []).append(rows)
-print(json.dumps(found))
+print(json.dumps([found, scored]))
 """
 
 
-def steps_of_every_objective(shapes, microbatches, attention="auto"):
-    """Objective -> for each mesh shape -> metrics of two steps."""
+def on_every_mesh(shapes, microbatches, attention="auto"):
+    """Objective -> for each mesh shape -> metrics of two steps; for each mesh shape -> what scoring finds."""
     result = subprocess.run(
         [sys.executable, "-c", EVERY_OBJECTIVE, json.dumps([shapes, microbatches, attention])],
         capture_output=True, text=True, env={**os.environ, "XLA_FLAGS": EIGHT},
@@ -137,7 +163,10 @@ def steps_of_every_objective(shapes, microbatches, attention="auto"):
     return json.loads(result.stdout.splitlines()[-1])
 
 
-def assert_meshes_agree(found):
+def assert_meshes_agree(found, scored):
+    for split in scored[1:]:
+        for name, alone in scored[0].items():
+            np.testing.assert_allclose(split[name], alone, rtol=1e-5, atol=1e-5, err_msg=name)
     for name, (alone, *others) in found.items():
         assert alone[0]["loss"] != alone[1]["loss"], name
         for split in others:
@@ -146,15 +175,15 @@ def assert_meshes_agree(found):
                     np.testing.assert_allclose(other[key], value, rtol=1e-5, atol=1e-6, err_msg=f"{name} {key}")
 
 
-def test_every_objective_gives_the_same_numbers_on_one_and_on_eight_devices():
-    assert_meshes_agree(steps_of_every_objective([(1, 1, 1), (2, 4, 1), (2, 2, 2)], microbatches=2))
+def test_every_objective_and_scoring_give_the_same_numbers_on_one_and_on_eight_devices():
+    assert_meshes_agree(*on_every_mesh([(1, 1, 1), (2, 4, 1), (2, 2, 2)], microbatches=2))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("microbatches, attention", [(1, "auto"), (4, "auto"), (1, "splash")])
-def test_every_objective_gives_the_same_numbers_on_every_mesh(microbatches, attention):
+def test_every_objective_and_scoring_give_the_same_numbers_on_every_mesh(microbatches, attention):
     shapes = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 4, 2), (4, 1, 2)]
-    assert_meshes_agree(steps_of_every_objective(shapes, microbatches, attention))
+    assert_meshes_agree(*on_every_mesh(shapes, microbatches, attention))
 
 
 TWO_PROCESSES = """

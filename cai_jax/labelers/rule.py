@@ -6,9 +6,10 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 
 from cai_jax import config
-from cai_jax.constitution import Principle, satisfies
+from cai_jax.constitution import Principle
 from cai_jax.labelers.opinion import Opinion, Pair
 from cai_jax.provenance import content_hash
+from cai_jax.rules import satisfies
 from cai_jax.sampler import Row
 
 LIMIT = 10.0  # nats of log-odds: a label is finite however sure it is

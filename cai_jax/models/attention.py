@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from cai_jax.mesh import ROW_AXES
+from cai_jax.mesh import ROW_AXES, platform_in_use
 from cai_jax.models.families import ModelConfig
 from cai_jax.models.kernels import product
 
@@ -34,13 +34,12 @@ def choose_backend(wanted: str, config: ModelConfig, dtype, length: int, prefix_
     """The backend that runs: the wanted one, "auto" by the devices of the mesh in use, and XLA where that one cannot.
 
     Splash compares segments for equality only, so it has no prefix segment (see `visible`), and it cannot be split by
-    the compiler: without a mesh in use (`jax.set_mesh`; a train step sets its own) it needs a single device. cuDNN has
+    the compiler: without a mesh in use (train steps and scoring set their own) it needs a single device. cuDNN has
     no soft cap, no float32, and sizes that it does not take.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    platform = jax.default_backend() if mesh.empty else mesh.abstract_device.platform
     if wanted == "auto":
-        wanted = {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}.get(platform, "xla")
+        wanted = {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}.get(platform_in_use(), "xla")
     if wanted == "splash":
         splittable = jax.device_count() == 1 if mesh.empty else config.n_kv_heads % mesh.shape["tensor"] == 0
         fits = splittable and not prefix_segment
@@ -71,13 +70,14 @@ def visible(query_positions_BT, key_positions_BS, window, query_segments_BT=None
 def attention(config: ModelConfig, q_BTHN, k_BSKN, v_BSKN, visible_BTS):
     """Grouped-query attention in plain XLA; scores and softmax in float32. Returns `[B, T, H, N]`."""
     rows, length, heads, size = q_BTHN.shape
-    q_BTKGN = q_BTHN.reshape(rows, length, config.n_kv_heads, -1, size)
-    scores = product("btkgn,bskn->bkgts", q_BTKGN, k_BSKN)
+    # Heads first: then the scores, the largest arrays, are in no product transposed.
+    q_BKGTN = jnp.moveaxis(q_BTHN.reshape(rows, length, config.n_kv_heads, -1, size), 1, 3)
+    scores = product("bkgtn,bskn->bkgts", q_BKGTN, k_BSKN)
     scores = softcap(scores * config.query_scale, config.attn_softcap)
     scores = jnp.where(visible_BTS[:, None, None], scores, NEGATIVE)
     probabilities = jax.nn.softmax(scores, axis=-1).astype(v_BSKN.dtype)
-    mixed = product("bkgts,bskn->btkgn", probabilities, v_BSKN).astype(q_BTHN.dtype)
-    return mixed.reshape(rows, length, heads, size)
+    mixed_BKGTN = product("bkgts,bskn->bkgtn", probabilities, v_BSKN).astype(q_BTHN.dtype)
+    return jnp.moveaxis(mixed_BKGTN, 3, 1).reshape(rows, length, heads, size)
 
 
 def softcap(x, cap):

@@ -33,10 +33,15 @@ def forward_flops(
     """
     query, key = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
     layer = config.d_model * (2 * query + 2 * key + 3 * config.d_ff)  # q, o; k, v; gate, up, down
-    seen = sum(mean_context(length, past, window) for window in config.windows)
-    per_token = 2 * config.n_layers * layer + 4 * query * seen  # scores and mix
     logits = tokens if unembedded is None else unembedded
-    return tokens * per_token + logits * 2 * config.d_model * config.vocab_size
+    products = tokens * 2 * config.n_layers * layer + logits * 2 * config.d_model * config.vocab_size
+    return products + attention_flops(config, tokens, length, past)
+
+
+def attention_flops(config: ModelConfig, tokens: float, length: int = 1, past: int = 0) -> float:
+    """FLOPs of scores and mix alone, which `forward_flops` includes."""
+    seen = sum(mean_context(length, past, window) for window in config.windows)
+    return tokens * 4 * config.n_heads * config.head_dim * seen
 
 
 def training_flops(
@@ -44,14 +49,15 @@ def training_flops(
     tokens: float,
     length: int,
     unembedded: float | None = None,
-    recompute: bool = False,
+    remat: str = "none",
     frozen: bool = False,
 ) -> float:
     """FLOPs of a train step over `tokens` tokens in sequences of `length`.
 
-    A forward pass, gradients of activations and of weights: three times `forward_flops`. `recompute` adds the forward
-    pass that full rematerialisation runs again: leave it out for MFU, which counts useful work. `frozen` leaves out
-    the gradients of weights (LoRA; its own kernels are negligible).
+    A forward pass, gradients of activations and of weights: three times `forward_flops`. `remat` (`model.remat`) adds
+    what the backward pass runs again, of "full" a forward pass, of "dots" attention: leave it out for MFU, which counts
+    useful work. `frozen` leaves out the gradients of weights (LoRA; its own kernels are negligible).
     """
-    passes = 3 + recompute - frozen
-    return passes * forward_flops(config, tokens, length, unembedded=unembedded)
+    forward = forward_flops(config, tokens, length, unembedded=unembedded)
+    again = {"none": 0.0, "dots": attention_flops(config, tokens, length), "full": forward}[remat]
+    return (3 - frozen) * forward + again

@@ -13,6 +13,9 @@ from functools import partial
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from cai_jax.mesh import platform_in_use, rounded
 
 FEW_ROWS = 64  # of activations; up to here a CPU is faster with the weights on the left
 
@@ -105,9 +108,24 @@ def product(form, x, y):
     """`einsum` of two arrays of one dtype with float32 sums and result; every letter is in two of its three terms.
 
     In the backward pass the incoming gradient is rounded to that dtype, so the two products of the gradient are as
-    fast as the forward one: by itself a derivative would multiply float32 with bfloat16.
+    fast as the forward one: by itself a derivative would multiply float32 with bfloat16. There the operands change
+    places where that leaves less to transpose.
     """
-    return jnp.einsum(form, x, y, preferred_element_type=jnp.promote_types(x.dtype, jnp.float32))
+    return _as_it_stands(form, x, y)
+
+
+def _as_it_stands(form, x, y):
+    """The product with the operands in the order in which they are given: einsum chooses one by itself."""
+    of_x, of_y, of_result = form.replace("->", ",").split(",")
+    batch = [letter for letter in of_x if letter in of_y and letter in of_result]
+    summed = [letter for letter in of_x if letter not in of_result]
+    dimensions = [tuple(map(of.index, letters)) for letters in (summed, batch) for of in (of_x, of_y)]
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    out = jax.lax.dot_general(x, y, (tuple(dimensions[:2]), tuple(dimensions[2:])), preferred_element_type=wide)
+    made = [*batch, *(i for of in (of_x, of_y) for i in of if i not in batch and i in of_result)]
+    order = [made.index(letter) for letter in of_result]
+    # Without the barrier the compiler would turn a transposed result to operands that it has to transpose.
+    return out if order == sorted(order) else jax.lax.optimization_barrier(out).transpose(order)
 
 
 def _product_forward(form, x, y):
@@ -118,20 +136,70 @@ def _product_backward(form, operands, gradient):
     x, y = operands
     of_x, of_y, of_result = form.replace("->", ",").split(",")
     gradient = gradient.astype(x.dtype)
-    to_x = product(f"{of_result},{of_y}->{of_x}", gradient, y)
-    to_y = product(f"{of_x},{of_result}->{of_y}", x, gradient)
+    to_x = _in_good_order((of_result, gradient), (of_y, y), of_x)
+    to_y = _in_good_order((of_x, x), (of_result, gradient), of_y)
     return to_x.astype(x.dtype), to_y.astype(y.dtype)
+
+
+def _in_good_order(one, other, of_result):
+    """The `product` of two (letters, array), with that one in front which leaves less to transpose.
+
+    XLA's CPU wants the summed letters of the first operand at its end, and makes the result with the letters of the
+    first operand before those of the second. What is not so is copied, as slowly as some products are computed.
+    """
+    sizes = dict(zip(one[0] + other[0], one[1].shape + other[1].shape, strict=True))
+
+    def copied(first, second):
+        own = [letter for letter in first if letter in of_result and letter not in second]
+        summed = [letter for letter in first if letter not in of_result]
+        natural = own + [letter for letter in second if letter in of_result and letter not in first]
+        operand = list(first[-len(summed) :]) != summed
+        result = [letter for letter in of_result if letter in natural] != natural
+        return operand * math.prod(sizes[i] for i in first) + result * math.prod(sizes[i] for i in of_result)
+
+    if copied(other[0], one[0]) < copied(one[0], other[0]):
+        one, other = other, one
+    return _as_it_stands(f"{one[0]},{other[0]}->{of_result}", one[1], other[1])
 
 
 product.defvjp(_product_forward, _product_backward)
 
 
-def cast(params, dtype):
-    """Every floating leaf in `dtype`; an Int8 kernel keeps its numbers and takes operands of that dtype."""
+def cast(params, dtype, in_loop=False):
+    """Every floating leaf in `dtype`; an Int8 kernel keeps its numbers and takes operands of that dtype.
+
+    `in_loop`: the cast belongs to a loop over layers and must stay there; see `mesh.rounded`.
+    """
 
     def one(leaf):
         if isinstance(leaf, Int8):
             return leaf.replace(dtype=jnp.dtype(dtype).name)
-        return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            return leaf
+        return (rounded(leaf, dtype) if in_loop else leaf).astype(dtype)
 
     return jax.tree.map(one, params, is_leaf=lambda leaf: isinstance(leaf, Int8))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def kept(x, name: str):
+    """`x`, which a policy of rematerialisation may keep under `name` (`jax.checkpoint_policies`).
+
+    On a CPU bfloat16 is kept as its bits. A scan stacks what it keeps of its passes, and XLA's CPU writes a slice of a
+    bfloat16 stack by turning all of it to float32 and back, once a layer.
+    """
+    return _kept_forward(x, name)[0]
+
+
+def _kept_forward(x, name):
+    if x.dtype != jnp.bfloat16 or platform_in_use() != "cpu":
+        return checkpoint_name(x, name), None
+    bits = checkpoint_name(jax.lax.bitcast_convert_type(x, jnp.uint16), name)
+    return jax.lax.bitcast_convert_type(bits, x.dtype), None
+
+
+def _kept_backward(name, _, gradient):
+    return (gradient,)
+
+
+kept.defvjp(_kept_forward, _kept_backward)

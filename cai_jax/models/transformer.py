@@ -10,20 +10,21 @@ are packed) alone (attention.visible), so left padding, right padding, packing a
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 
 from cai_jax.mesh import by_layer, by_rows, gather_layer
 from cai_jax.models.attention import attend as attend_rows
 from cai_jax.models.attention import choose_backend, softcap
 from cai_jax.models.families import ModelConfig, inverse_frequencies
-from cai_jax.models.kernels import Transposed, cast, dot
+from cai_jax.models.kernels import Transposed, cast, dot, kept
 
 # What the backward pass finds of a layer beside its input, by name of a policy; "none" keeps everything.
 REMAT = {
     # Nothing: the least memory, for a third more products.
     "full": None,
     # What products make: norms, rotation, activation and scores are done again, which are few FLOPs and much memory.
-    "dots": jax.checkpoint_policies.save_only_these_names("q", "k", "v", "mixed", "attention_out", "gate", "up"),
+    "dots": jax.checkpoint_policies.save_only_these_names(
+        "input", "q", "k", "v", "mixed", "attention_out", "gate", "up"
+    ),
 }
 
 
@@ -68,8 +69,9 @@ def hidden_states(
 
     def layer(x_BTD, scanned):
         weights, window, rope = scanned
+        x_BTD = kept(x_BTD, "input")
         x_BTD, weights = by_layer(x_BTD, weights)
-        weights = gather_layer(cast(weights, dtype) if dtype else weights)
+        weights = gather_layer(cast(weights, dtype, in_loop=True) if dtype else weights)
 
         def attend(q_BTHN, k_BTKN, v_BTKN):
             return attend_rows(config, backend, q_BTHN, k_BTKN, v_BTKN, positions_BT, segments_BT, window)
@@ -115,8 +117,8 @@ def block(config: ModelConfig, weights, x_BTD, rope_BTN, attend):
     with jax.named_scope("attention"):
         h_BTD = rms_norm(config, x_BTD, weights["attn_norm"])
         q_BTHN, k_BTKN, v_BTKN = project_qkv(config, weights, h_BTD, rope_BTN)
-        mixed = checkpoint_name(attend(q_BTHN, k_BTKN, v_BTKN).reshape(*x_BTD.shape[:-1], -1), "mixed")
-        out_BTD = checkpoint_name(linear(weights, "o", mixed), "attention_out")
+        mixed = kept(attend(q_BTHN, k_BTKN, v_BTKN).reshape(*x_BTD.shape[:-1], -1), "mixed")
+        out_BTD = kept(linear(weights, "o", mixed), "attention_out")
         if config.post_norms:
             out_BTD = rms_norm(config, out_BTD, weights["attn_post_norm"])
         x_BTD = x_BTD + out_BTD
@@ -140,7 +142,7 @@ def project_qkv(config: ModelConfig, weights, h_BTD, rope_BTN):
     if config.qk_norm:
         q, k = rms_norm(config, q, weights["q_norm"]), rms_norm(config, k, weights["k_norm"])
     q, k = rotate(q, rope_BTN), rotate(k, rope_BTN)
-    return checkpoint_name(q, "q"), checkpoint_name(k, "k"), checkpoint_name(v, "v")
+    return kept(q, "q"), kept(k, "k"), kept(v, "v")
 
 
 def feed_forward(config: ModelConfig, weights, h_BTD):
@@ -149,7 +151,7 @@ def feed_forward(config: ModelConfig, weights, h_BTD):
         gate_BTF, up_BTF = jnp.split(linear(weights, "gate_up", h_BTD), 2, axis=-1)
     else:
         gate_BTF, up_BTF = linear(weights, "gate", h_BTD), linear(weights, "up", h_BTD)
-    gate_BTF, up_BTF = checkpoint_name(gate_BTF, "gate"), checkpoint_name(up_BTF, "up")
+    gate_BTF, up_BTF = kept(gate_BTF, "gate"), kept(up_BTF, "up")
     gate_BTF = gate_BTF.astype(jnp.promote_types(gate_BTF.dtype, jnp.float32))
     if config.activation == "silu":
         gate_BTF = jax.nn.silu(gate_BTF)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 
 from cai_jax.accelerators import Slice
+from cai_jax.models.attention import PIECE
 from cai_jax.models.families import ModelConfig
 from cai_jax.models.flops import forward_flops, parameters, training_flops
 from cai_jax.objectives.logprobs import token_logprobs
@@ -62,15 +63,16 @@ def training_work(
 ) -> Work:
     """One optimizer step of a model of which `trained` parameters train: forward, backward, gradients summed over the
     mesh, Adam in float32."""
-    tokens, own, recompute = batch.rows * batch.length, _tokens_of_shard(mesh, batch), remat == "full"
+    tokens, own, again = batch.rows * batch.length, _tokens_of_shard(mesh, batch), remat == "full"
     unembedded, frozen = batch.rows * (batch.unembedded or 0), trained < parameters(config) // 2
-    flops = training_flops(config, tokens, batch.length, unembedded, recompute, frozen)
+    flops = training_flops(config, tokens, batch.length, unembedded, remat, frozen)
     weights = parameters(config) * itemsize / mesh.shape["tensor"]
-    passes = 3 + recompute - frozen
-    memory = 32 * trained / mesh.size + microbatches * passes * weights + own * passes * _layer_bytes(config, mesh)
+    passes = 3 - frozen
+    memory = 32 * trained / mesh.size + microbatches * (passes + again) * weights
+    memory += own * (passes + (remat != "none")) * _layer_bytes(config, mesh)
     gradients = _gathered(mesh, 4 * trained / mesh.shape["tensor"]) + _summed_over_data(mesh, 4 * trained / mesh.size)
     link = microbatches * (2 * _gathered(mesh, weights) + gradients)
-    return Work(flops, memory, link + _exchanged(config, mesh, own, passes=2 + recompute))
+    return Work(flops, memory, link + _exchanged(config, mesh, own, passes=2 + again))
 
 
 def prepare_work(shape: SamplerShape, mesh, stored: int) -> Work:
@@ -115,7 +117,7 @@ def training_temporaries(
 ) -> float:
     """What a train step holds a chip: cast weights, gradients in float32, kept residuals, one layer, a slab."""
     own = _tokens_of_shard(mesh, batch) / microbatches
-    kept = own * (4 * config.n_layers * config.d_model if remat == "full" else _layer_bytes(config, mesh))
+    kept = own * _kept_bytes(config, mesh, remat, itemsize)
     cast_weights = itemsize * parameters(config) / mesh.size
     gradients = 4 * trained / mesh.size * (2 if microbatches > 1 else 1)
     layer = 3 * _layer_weights(config, mesh, itemsize) + 2 * _layer_peak(config, mesh, batch, own)
@@ -169,14 +171,23 @@ def _layer_bytes(config: ModelConfig, mesh) -> float:
     return config.n_layers * 4 * (6 * config.d_model + (2 * heads + 3 * config.d_ff) / mesh.shape["tensor"])
 
 
+def _kept_bytes(config: ModelConfig, mesh, remat: str, itemsize: int) -> float:
+    """Bytes a token that all layers keep for the backward pass: their inputs, and what `transformer.REMAT` names."""
+    if remat == "none":
+        return _layer_bytes(config, mesh)
+    heads = (2 * config.n_heads + 2 * config.n_kv_heads) * config.head_dim  # q, mixed; k, v
+    named = config.d_model + (heads + 2 * config.d_ff) / mesh.shape["tensor"] if remat == "dots" else 0
+    return itemsize * config.n_layers * (config.d_model + named)
+
+
 def _layer_weights(config: ModelConfig, mesh, itemsize: int) -> float:
     heads = 2 * (config.n_heads + config.n_kv_heads) * config.head_dim
     return config.d_model * (heads + 3 * config.d_ff) * itemsize / mesh.shape["tensor"]
 
 
 def _layer_peak(config: ModelConfig, mesh, batch: Batch, tokens: float) -> float:
-    """One layer's activations, dense attention scores included."""
-    scores = 2 * tokens * batch.length * config.n_heads / mesh.shape["tensor"] * 4
+    """One layer's activations, with the attention scores of a piece of the queries."""
+    scores = 2 * tokens * min(batch.length, PIECE) * config.n_heads / mesh.shape["tensor"] * 4
     return scores + tokens * _layer_bytes(config, mesh) / config.n_layers
 
 

@@ -68,8 +68,8 @@ def arrays_alone(program: Program) -> Memory:
 def compiled(program: Program) -> Memory:
     """What the compiler reserves for a program.
 
-    A program that does not fit the chip by itself is refused by the TPU compiler with a count of what it would use;
-    that count stands in for the analysis.
+    A program that does not fit the chip by itself is refused by the TPU compiler with a count of what it would use,
+    arguments included; that count stands in for the analysis.
     """
     start = time.monotonic()
     try:
@@ -90,6 +90,7 @@ def compiled(program: Program) -> Memory:
 
 
 def _used(message: str) -> int | None:
-    """Bytes of `Used 41.52G of 30.75G hbm.`, None in another error."""
+    """Bytes of `Used 41.52G of 30.75G hbm` or `HLO temporaries (41.52G) exceeds available HBM`, else None."""
     found = re.search(r"[Uu]sed ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", message)
+    found = found or re.search(r"\(([\d.]+)([KMGT])\) exceeds available HBM", message)
     return found and int(float(found[1]) * 1024 ** ("KMGT".index(found[2]) + 1))

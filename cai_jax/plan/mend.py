@@ -28,11 +28,13 @@ def candidates(config: Config, piece: Slice, helps: Callable[[tuple[str, ...]], 
             yield (), larger
 
 
-def nearest(config: Config, piece: Slice, largest: Callable[[Config, Slice], int], fits) -> Change | None:
+def nearest(
+    config: Config, piece: Slice, largest: Callable[[Config, Slice], int], fits, log=lambda line: None
+) -> Change | None:
     """The first candidate that fits, None where none does. A candidate that is no valid run is passed over.
 
     `largest(config, slice)` are the bytes of the program that needs most, at a guess; `fits(config, slice)` is asked
-    where that is within the chip's memory.
+    where that is within the chip's memory, and `log` is told so.
     """
 
     def guess(settings, where) -> int:
@@ -43,9 +45,18 @@ def nearest(config: Config, piece: Slice, largest: Callable[[Config, Slice], int
 
     now = guess((), piece)
     for settings, where in candidates(config, piece, lambda settings: guess(settings, piece) < now):
-        if guess(settings, where) <= where.chip.usable and fits(apply_overrides(config, settings), where):
-            return settings, where
+        if guess(settings, where) <= where.chip.usable:
+            log(f"trying {as_flags((settings, where), piece)}")
+            if fits(apply_overrides(config, settings), where):
+                return settings, where
     return None
+
+
+def as_flags(change: Change, piece: Slice) -> str:
+    """A change as the command takes it: `--set sampler.rows=64`, `--plan=v4-64` where it is not the slice `piece`."""
+    settings, where = change
+    larger = [] if where == piece else [f"--plan={where.name}"]
+    return " ".join([*larger, *(f"--set {setting}" for setting in settings)])
 
 
 def name_of(setting: str) -> str:
@@ -55,8 +66,8 @@ def name_of(setting: str) -> str:
 
 def _settings(config: Config) -> Iterator[tuple[str, ...]]:
     flat = flatten(config)
-    if config.model.remat != "full":
-        yield ("model.remat=full",)
+    for remat in {"none": ("dots", "full"), "dots": ("full",), "full": ()}[config.model.remat]:
+        yield (f"model.remat={remat}",)
     yield from _more_microbatches(config)
     for ways in (2, 4, 8):
         if config.sampler.rows // ways and config.sampler.rows % ways == 0:

@@ -1,8 +1,10 @@
 """A run on chips that are not there: what its programs need, how long they take at the least, what that costs."""
 
+import dataclasses
+from collections import defaultdict
 from dataclasses import dataclass, replace
 
-from cai_jax.accelerators import Accelerator, Slice, slices_of
+from cai_jax.accelerators import GIB, Accelerator, Slice, slices_of
 from cai_jax.config import Config
 from cai_jax.config_rules import REINFORCED, validate
 from cai_jax.errors import UserError
@@ -77,37 +79,52 @@ class Plan:
 
 def make_plan(config: Config, piece: Slice, measurer: Measurer) -> Plan:
     """Measure every program of a run. Raises UserError where the config, its models or its mesh do not go together."""
-    run, models = _run(config, piece)
+    run, models = planned_run(config, piece)
     return _plan(run, models, measurer.of)
 
 
 def find_change(plan: Plan, measurer: Measurer) -> tuple[mend.Change, Plan] | None:
     """The nearest change with which everything fits, measured like the plan itself; None where there is none.
 
-    Candidates are first judged by arithmetic, scaled by what the compiler made of this plan; only one that passes is
-    compiled.
+    Candidates are first judged by arithmetic, scaled by what the compiler last made of the same program, on this slice
+    or in the plan; only one that passes is compiled, the largest program first, up to the first that does not fit.
     """
-    scales = {
-        (line.program.stage, line.program.name): line.memory.temporaries / max(1.0, line.program.temporaries)
-        for line in plan.lines
-    }
+    known = dict(map(_scale, plan.lines))
+    scales = defaultdict(known.copy)  # by slice
     found = None
+
+    def guessed(config: Config, piece: Slice) -> list[Line]:
+        """Largest first."""
+        run, models = planned_run(config, piece)
+        lines = _plan(run, models, lambda program: measurer.guess(program, scales[piece.name])).lines
+        return sorted(lines, key=lambda line: -line.total)
 
     def largest(config: Config, piece: Slice) -> int:
         validate(config)
-        guessed = _plan(*_run(config, piece), lambda program: measurer.guess(program, scales))
-        return max(line.total for line in guessed.lines)
+        return guessed(config, piece)[0].total
 
     def fits(config: Config, piece: Slice) -> bool:
         nonlocal found
-        found = _plan(*_run(config, piece), measurer.of)
-        return not found.too_large
+        for line in guessed(config, piece):
+            line = dataclasses.replace(line, memory=measurer.of(line.program))
+            scales[piece.name].update([_scale(line)])
+            if line.total > piece.chip.usable:
+                measurer.log(f"{line.program.stage}: {line.program.name}: {line.total / GIB:.2f} GiB, too large")
+                return False
+        found = make_plan(config, piece, measurer)
+        return True
 
-    change = mend.nearest(plan.config, plan.piece, largest, fits)
+    change = mend.nearest(plan.config, plan.piece, largest, fits, measurer.log)
     return change and (change, found)
 
 
-def _run(config: Config, piece: Slice) -> tuple[Run, dict]:
+def _scale(line: Line) -> tuple[tuple[str, str], float]:
+    """Stage and name of a program, and how its temporaries compare with the arithmetic of them."""
+    return (line.program.stage, line.program.name), line.memory.temporaries / max(1.0, line.program.temporaries)
+
+
+def planned_run(config: Config, piece: Slice) -> tuple[Run, dict]:
+    """A run on a slice, and `models_of` it. Raises UserError where config, models and mesh do not go together."""
     models = models_of(config)
     mesh = planned_mesh(config.mesh, piece)
     check_rows(config, mesh)
@@ -156,7 +173,7 @@ def smallest_plan(config: Config, chip: Accelerator, measurer: Measurer) -> Plan
     plan, refused = None, None
     for piece in slices_of(chip):
         try:
-            run, models = _run(config, piece)
+            run, models = planned_run(config, piece)
         except UserError as error:
             refused = error
             continue

@@ -105,8 +105,10 @@ def _reward_model(run: Run) -> list[Program]:
     })  # fmt: skip
     steps = settings.epochs * ceil((pairs - held_out) / settings.batch_size)
     objective = reward_model.objective(run.config, model)
+    adapted = run.adapted(start)
+    _, kept = split(adapted, lora.trainable(adapted))  # what trains is donated to the state
     train = _training(
-        run, "reward_model", objective, start, settings, steps, batch, size(start), [(model, Batch(*shape, None))]
+        run, "reward_model", objective, start, settings, steps, batch, size(kept), [(model, Batch(*shape, None))]
     )
     held = train.resident + train.arguments - size(batch)
     return [train, _rewards(run, "reward_model", model, settings.max_length, held, 2 * held_out)]
@@ -190,7 +192,7 @@ def _score(run: Run, stage: str, reference, value, reward, prompt: int, held: in
     forms = run.config.model, run.config.lora, settings.frozen_dtype
     return Program(
         stage, "score rollouts", SCORING, run.key("score rollouts", *shapes, rows, length, answer, *forms),
-        lambda: rewards.lower_score(run.config, stage, *shapes, *params, part), size(params, part), 0,
+        lambda: rewards.lower_score(run.config, stage, *shapes, run.mesh, *params, part), size(params, part), 0,
         sum(arithmetic.pass_temporaries(model, run.mesh, batch, run.itemsize) for model, batch in passes),
         held - size(params) + shared,
         sum((arithmetic.forward_work(model, run.mesh, batch, run.itemsize) for model, batch in passes), Work()),
@@ -229,7 +231,7 @@ def _pair_scores(run: Run, stage: str, model, length: int, resident: int, pairs:
     batch = Batch(rows, length, length)
     return Program(
         stage, "score pairs", SCORING, run.key("pairs", model, rows, length, run.config.model),
-        lambda: scoring.lower_pairs(run.config, model, params, texts), size(params, texts), 0,
+        lambda: scoring.lower_pairs(run.config, model, run.mesh, params, texts), size(params, texts), 0,
         arithmetic.pass_temporaries(model, run.mesh, batch, run.itemsize), resident - size(params),
         arithmetic.forward_work(model, run.mesh, batch, run.itemsize), ceil(pairs / rows),
     )  # fmt: skip
@@ -296,7 +298,7 @@ def _rewards(run: Run, stage: str, model, length: int, resident: int, texts: int
     batch = Batch(rows, length, None)
     return Program(
         stage, "score texts", SCORING, run.key("rewards", model, rows, length, run.config.model),
-        lambda: scoring.lower_rewards(run.config, model, params, *texts_of.values()),
+        lambda: scoring.lower_rewards(run.config, model, run.mesh, params, *texts_of.values()),
         size(params, texts_of), 0, arithmetic.pass_temporaries(model, run.mesh, batch, run.itemsize),
         resident - size(params), arithmetic.forward_work(model, run.mesh, batch, run.itemsize), ceil(texts / rows),
     )  # fmt: skip

@@ -4,6 +4,7 @@ import dataclasses
 
 from cai_jax.accelerators import GIB
 from cai_jax.plan.measure import COMPILER
+from cai_jax.plan.mend import as_flags
 from cai_jax.plan.plan import EXPECTED_SHARE_OF_PEAK, Line, Plan
 
 _HEADER = ("program", "arguments", "temporaries", "beside", "total", "TFLOP", "ms", "bound by", "calls")
@@ -19,9 +20,10 @@ def as_text(name: str, plan: Plan, price: float | None) -> str:
         "  ".join([first.ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(rest, widths[1:], strict=True))])
         for first, *rest in rows
     ]
+    machines = f"{piece.machines} machine{'s' if piece.machines > 1 else ''}"
     return "\n".join([
-        f"{name} on {piece.name}: {piece.chips} chips, {chip.usable / GIB:.1f} of {chip.memory / GIB:.1f} GiB a chip "
-        f"to plan with, mesh {mesh}",
+        f"{name} on {piece.name}: {piece.chips} chips on {machines}, {chip.usable / GIB:.1f} of "
+        f"{chip.memory / GIB:.1f} GiB a chip to plan with, mesh {mesh}",
         *(f"  {field}: {shape.n_layers} layers of {shape.d_model}, {known}" for field, (shape, known) in
           plan.models.items()),
         "",
@@ -39,7 +41,9 @@ def as_json(name: str, plan: Plan, price: float | None, change) -> dict:
     chip = plan.piece.chip
     return {
         "config": name,
-        "slice": {"name": plan.piece.name, "chips": plan.piece.chips, "mesh": plan.mesh},
+        "slice": {
+            "name": plan.piece.name, "chips": plan.piece.chips, "machines": plan.piece.machines, "mesh": plan.mesh,
+        },
         "chip": dataclasses.asdict(chip),
         "limit_bytes": chip.usable,
         "fits": not plan.too_large,
@@ -81,14 +85,11 @@ def refusal(plan: Plan, found) -> str:
     )
     if found is None:
         return f"{what}: no change that was tried fits; take a smaller model"
-    (settings, piece), mended = found
-    asked = [f"--set {setting}" for setting in settings]
-    if piece != plan.piece:
-        asked.insert(0, f"--plan={piece.name}")
+    change, mended = found
     largest = _largest(mended)
     return (
-        f"{what}: {' '.join(asked)} fits, with {gib(largest.total)} at most ({largest.program.name}, by the "
-        f"{largest.memory.source})"
+        f"{what}: {as_flags(change, plan.piece)} fits, with {gib(largest.total)} at most ({largest.program.name}, "
+        f"by the {largest.memory.source})"
     )
 
 

@@ -2,16 +2,28 @@
 
 import importlib.util
 import os
+import sys
 from functools import cache
+from pathlib import Path
 
 from cai_jax.accelerators import Slice
 from cai_jax.errors import UserError
 
-INSTALL = "pip install 'cai-jax[plan]' (from a checkout: pip install '.[plan]')"
+INSTALL = "pip install 'cai-jax[plan]' (in a checkout: make env)"
+
+
+# `make env` puts libtpu here, out of sight of other runs: wherever JAX finds it, it looks for a TPU and complains.
+BESIDE = Path(sys.prefix) / "libtpu"
+
+
+def has_compiler() -> bool:
+    """Whether the TPU compiler is there, among the packages or beside them."""
+    return BESIDE.is_dir() or importlib.util.find_spec("libtpu") is not None
 
 
 def set_environment() -> None:
     """What must stand before JAX is imported: this process computes nothing, and asks no metadata server for a TPU."""
+    sys.path.append(str(BESIDE))
     os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v4-8")
@@ -21,7 +33,7 @@ def set_environment() -> None:
 
 def check_compiler(target: str, platform: str) -> None:
     """Raise UserError where a plan for TPUs finds no TPU compiler."""
-    if platform == "tpu" and importlib.util.find_spec("libtpu") is None:
+    if platform == "tpu" and not has_compiler():
         raise UserError(f"--plan={target}: the TPU compiler is not installed: {INSTALL}")
 
 
@@ -43,14 +55,13 @@ def planned_mesh(config, piece: Slice):
 def _devices(piece: Slice) -> list:
     from jax.experimental import topologies
 
-    cores = "megacore" if piece.chip.name in ("v4", "v5p") else "default"
-    host = tuple(min(2, size) for size in piece.shape[:2]) + (1,) * (len(piece.shape) - 2)
+    flat = len(piece.shape) == 2
     topology = topologies.get_topology_desc(
         platform="tpu",
         topology_name=f"{piece.chip.name}:{'x'.join(map(str, piece.shape))}",
-        chip_config_name=cores,
-        chips_per_host_bounds=host + (1,) * (3 - len(host)),
+        chip_config_name="default" if flat else "megacore",  # the two TensorCores of a chip as one device
+        chips_per_host_bounds=(*piece.host, 1) if flat else piece.host,
         num_slices=1,
-        wrap=(False,) * 3,
+        wrap=(*piece.wraps, False) if flat else piece.wraps,
     )
     return list(topology.devices)

@@ -25,6 +25,7 @@ def sft(run: Run, titles: dict[str, str]) -> list:
                 ("first loss", number(summary.get("first_loss"), 3)),
                 ("last loss", number(summary.get("last_loss"), 3)),
                 ("packing: real tokens in a batch", percent(summary.get("packing_efficiency"))),
+                ("packing: the most that these examples allow", percent(summary.get("packing_limit"))),
             ]
         ),
         el(

@@ -28,7 +28,8 @@ from cai_jax.models.adapters import save_adapter
 from cai_jax.models.pretrained import Model, load_model, model_hash, save_model
 from cai_jax.overrides import flatten
 from cai_jax.progress import Progress, duration
-from cai_jax.provenance import StageFolder, check_free_space, row_seed
+from cai_jax.provenance import row_seed
+from cai_jax.run_folder import StageFolder, check_free_space
 from cai_jax.sampler import Sampler
 from cai_jax.sampler.cache import cache_bytes, entry_dtype
 from cai_jax.sampler.memory import check_cache_fits, gibibytes

@@ -9,11 +9,11 @@ from functools import partial
 
 from cai_jax import statistics
 from cai_jax.chat import encode_text
-from cai_jax.constitution import explain, satisfies
 from cai_jax.endpoint import question, summary_of
 from cai_jax.errors import UserError
 from cai_jax.labelers.external import ask
 from cai_jax.prompts import critique_preamble, critique_request, quoted_request, revision_request
+from cai_jax.rules import explain, satisfies
 from cai_jax.sampler import Generate
 from cai_jax.stages.rows import make_rows, mean, messages_of, sample_dict, unfinished, usable_prompts, watch
 

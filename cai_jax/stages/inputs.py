@@ -13,7 +13,7 @@ from cai_jax.errors import UserError
 from cai_jax.models.pretrained import ModelInfo, check_model, written_ids
 from cai_jax.prompt_sets import PromptRows, check_disjoint, load_prompts, with_unique_ids
 from cai_jax.prompts import resolve_options, resolve_ratings
-from cai_jax.provenance import StageFolder
+from cai_jax.run_folder import StageFolder
 
 # The stages that each stage reads, and the config field that names a model folder in their place.
 INPUTS = {

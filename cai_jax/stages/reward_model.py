@@ -151,7 +151,9 @@ def _train(context, folder, model, pairs, held_out):
 
     adapted = context.config.lora.rank > 0
     flops = training_flops(model.config, 1, source.mean_length, unembedded=0, frozen=adapted)
-    return train(context, folder, settings, loss, model.params, source, _report, flops, quality)
+    return train(
+        context, folder, settings, loss, model.params, source, _report, flops, quality, donate=True
+    )
 
 
 def _report(metrics) -> dict:

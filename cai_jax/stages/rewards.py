@@ -15,7 +15,7 @@ from functools import partial
 import jax
 import numpy as np
 
-from cai_jax.constitution import Principle, satisfies
+from cai_jax.constitution import Principle
 from cai_jax.errors import UserError
 from cai_jax.labelers.judge import Judge
 from cai_jax.labelers.rating import Rating
@@ -24,6 +24,7 @@ from cai_jax.models.heads import cautious, head_values, last_real
 from cai_jax.models.pretrained import Model
 from cai_jax.objectives.model_losses import completion_logprobs, completion_values
 from cai_jax.prompts import resolve_ratings
+from cai_jax.rules import satisfies
 from cai_jax.stages.rollouts import Rollouts, rows_of_pass
 from cai_jax.stages.rows import messages_of
 
@@ -60,8 +61,9 @@ def measure(context, stage: str, reference: Model, source: Source, rollouts: Rol
     for start in range(0, settings.rollouts, rows):
         part = {name: rollouts.arrays[name][start : start + rows] for name in ("tokens", "positions", "mask")}
         scored = _score(
-            reference.config, value[0], reward and reward.config, reference.params, value[1], reward and reward.params,
-            context.put_rows(part), settings.response.temperature, shape.compute_dtype, shape.attention,
+            reference.config, value[0], reward and reward.config, context.mesh, reference.params, value[1],
+            reward and reward.params, context.put_rows(part), settings.response.temperature, shape.compute_dtype,
+            shape.attention,
         )  # fmt: skip
         columns.append([None if x is None else on_host(x) for x in scored])
     ref_logprobs, old_values, scores = (
@@ -73,8 +75,8 @@ def measure(context, stage: str, reference: Model, source: Source, rollouts: Rol
     return ref_logprobs, old_values, scores.std(axis=-1), cautious(scores, settings.uncertainty_penalty)
 
 
-@partial(jax.jit, static_argnames=("config", "value_config", "reward_config", "dtype", "attention"))
-def _score(config, value_config, reward_config, reference, value, reward, part, temperature, dtype, attention):
+@partial(jax.jit, static_argnames=("config", "value_config", "reward_config", "mesh", "dtype", "attention"))
+def _score(config, value_config, reward_config, mesh, reference, value, reward, part, temperature, dtype, attention):
     """Reference log-probs and values of the completion tokens `[B, N]`, raw scores by every head `[B, K]`.
 
     Of what has no params comes None.
@@ -91,11 +93,12 @@ def _score(config, value_config, reward_config, reference, value, reward, part, 
     return ref_logprobs_BN, values_BN, scores_BK
 
 
-def lower_score(config, stage, policy, value_config, scorer, reference, value, reward, part):
+def lower_score(config, stage, policy, value_config, scorer, mesh, reference, value, reward, part):
     """The scoring program of a run's `Config`, lowered from shapes in the place of params and rollouts."""
     temperature, shape = getattr(config, stage).response.temperature, config.model
     return _score.lower(
-        policy, value_config, scorer, reference, value, reward, part, temperature, shape.compute_dtype, shape.attention
+        policy, value_config, scorer, mesh, reference, value, reward, part, temperature, shape.compute_dtype,
+        shape.attention,
     )
 
 

@@ -29,7 +29,7 @@ def score_heads(context, config, params, rows_of_tokens) -> np.ndarray:
     for length, batch in _passes([len(tokens) for tokens in rows_of_tokens], rows):
         texts = [rows_of_tokens[i] for i in batch] + [[0]] * (rows - len(batch))
         placed = context.put_rows(right_padded(texts, length))
-        rewards_BK = _rewards(config, params, *placed, shape.compute_dtype, shape.attention)
+        rewards_BK = _rewards(config, context.mesh, params, *placed, shape.compute_dtype, shape.attention)
         scores[batch] = on_host(rewards_BK)[: len(batch)]
     return scores
 
@@ -57,7 +57,7 @@ def score_pairs(context, config, params, pairs: Sequence[tuple]) -> np.ndarray:
     for length, batch in _passes([sum(map(len, pair)) for pair in pairs], rows):
         texts = pair_rows([pairs[i] for i in batch] + [([], [], [])] * (rows - len(batch)), length)
         placed = context.put_rows({name: texts[name] for name in ("tokens", "positions", "segments")})
-        logprobs_B2 = _pair_logprobs(config, params, placed, shape.compute_dtype, shape.attention)
+        logprobs_B2 = _pair_logprobs(config, context.mesh, params, placed, shape.compute_dtype, shape.attention)
         logprobs[batch] = on_host(logprobs_B2)[: len(batch)]
     return logprobs
 
@@ -78,22 +78,25 @@ def rows_of_pass(mesh) -> int:
     return -(-ROWS // ways) * ways
 
 
-def lower_rewards(config, model, params, tokens_BT, positions_BT):
+def lower_rewards(config, model, mesh, params, tokens_BT, positions_BT):
     """The scoring program of a run's `Config`, lowered from shapes in the place of params and texts."""
-    return _rewards.lower(model, params, tokens_BT, positions_BT, config.model.compute_dtype, config.model.attention)
+    shape = config.model
+    return _rewards.lower(model, mesh, params, tokens_BT, positions_BT, shape.compute_dtype, shape.attention)
 
 
-@partial(jax.jit, static_argnames=("config", "dtype", "attention"))
-def _rewards(config, params, tokens_BT, positions_BT, dtype, attention):
-    values_BTK = head_values(config, params, tokens_BT, positions_BT, attention=attention, dtype=dtype)
-    return last_real(values_BTK, positions_BT)
+@partial(jax.jit, static_argnames=("config", "mesh", "dtype", "attention"))
+def _rewards(config, mesh, params, tokens_BT, positions_BT, dtype, attention):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # for those who ask which mesh is in use
+        values_BTK = head_values(config, params, tokens_BT, positions_BT, attention=attention, dtype=dtype)
+        return last_real(values_BTK, positions_BT)
 
 
-def lower_pairs(config, model, params, batch):
+def lower_pairs(config, model, mesh, params, batch):
     """The program that scores pairs, lowered from shapes in the place of params and pairs."""
-    return _pair_logprobs.lower(model, params, batch, config.model.compute_dtype, config.model.attention)
+    return _pair_logprobs.lower(model, mesh, params, batch, config.model.compute_dtype, config.model.attention)
 
 
-@partial(jax.jit, static_argnames=("config", "dtype", "attention"))
-def _pair_logprobs(config, params, batch, dtype, attention):
-    return pair_logprobs(config, params, batch, compute_dtype=dtype, attention=attention)
+@partial(jax.jit, static_argnames=("config", "mesh", "dtype", "attention"))
+def _pair_logprobs(config, mesh, params, batch, dtype, attention):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        return pair_logprobs(config, params, batch, compute_dtype=dtype, attention=attention)

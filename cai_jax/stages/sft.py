@@ -52,6 +52,7 @@ def run(context, folder) -> dict:
         "first_loss": metrics[0]["loss"],
         "last_loss": metrics[-1]["loss"],
         "packing_efficiency": packing.efficiency,
+        "packing_limit": packing.limit,
     }
 
 

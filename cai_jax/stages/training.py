@@ -18,18 +18,20 @@ def train(
     report: Callable,
     flops_per_token: float,
     quality: Callable,
+    donate: bool = False,
 ):
     """Train `params` on an objective for the epochs of a stage's `settings`.
 
     Rows of `source` are drawn in batches; `report(metrics) -> metrics` names what is logged of a step. Where the config
-    asks for the best state, `quality(params, lines) -> float` judges it. Returns the trained params, in the form that
-    they have in the train state, and the lines of metrics.
+    asks for the best state, `quality(params, lines) -> float` judges it. With `donate` the arrays of `params` that are
+    to train go into the state and are gone from `params`. Returns the trained params, in the form that they have in the
+    train state, and the lines of metrics.
     """
     total = settings.epochs * steps_per_epoch(len(source), settings.batch_size)
     params = context.adapted(params, folder.stage)
     trained, frozen = split(params, trainable(params))
     state, step = start_training(
-        objective, trained, settings.optimizer, total, context.mesh, settings.microbatches, frozen
+        objective, trained, settings.optimizer, total, context.mesh, settings.microbatches, frozen, donate
     )
 
     def advance(state, index):

@@ -71,13 +71,15 @@ class Checkpoints:
     def restore(self, state, step: int | None = None):
         """The (state, data position) of a step, without one of the last; (state, {}) where there is no checkpoint.
 
-        The state comes shaped and sharded like `state`, on whatever mesh it was saved.
+        The state comes shaped and sharded like `state`, on whatever mesh it was saved. Where there is a checkpoint,
+        `state` is given up, as by a step: its arrays are deleted first, so that two states never are in memory.
         """
         manager = self._open()
         step = manager.latest_step() if step is None else step
         if step is None:
             return state, {}
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+        jax.tree.map(lambda leaf: leaf.delete(), state)
         loaded = self._load(step, state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore())
         return loaded["state"], loaded["data"]
 

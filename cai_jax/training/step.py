@@ -78,13 +78,14 @@ def _is_matrix(params):
     )
 
 
-def init_state(params, optimizer: optax.GradientTransformation, mesh) -> TrainState:
-    """A fresh state whose moments are sharded like the parameters."""
+def init_state(params, optimizer: optax.GradientTransformation, mesh, donate: bool = False) -> TrainState:
+    """A fresh state whose moments are sharded like the parameters. Donated `params` are its own; else it has a copy."""
 
     def start(params):
         return TrainState(params, optimizer.init(params), jnp.int32(0))
 
-    return jax.jit(start, out_shardings=shardings(mesh, jax.eval_shape(start, params)))(params)
+    places = shardings(mesh, jax.eval_shape(start, params))
+    return jax.jit(start, out_shardings=places, donate_argnums=0 if donate else ())(params)
 
 
 def start_training(
@@ -95,14 +96,15 @@ def start_training(
     mesh,
     microbatches: int,
     frozen=None,
+    donate: bool = False,
 ):
     """A fresh train state for `params` and the step that trains it on an objective for `total_steps` steps.
 
-    `frozen` are the params of the objective that do not train; see `split`.
+    `frozen` are the params of the objective that do not train; see `split`. For `donate` see `init_state`.
     """
     schedule = make_schedule(config, total_steps)
     optimizer = make_optimizer(config, schedule)
-    state = init_state(params, optimizer, mesh)
+    state = init_state(params, optimizer, mesh, donate)
     step = make_train_step(objective, optimizer, schedule, mesh, state, microbatches)
     return state, partial(step, frozen=frozen)
 

@@ -11,7 +11,7 @@ import pytest
 from cai_jax import config as c
 from cai_jax import forward
 from cai_jax.chat import completion_ids, encode_chat, turn_end_id
-from cai_jax.constitution import load_constitution, satisfies
+from cai_jax.constitution import load_constitution
 from cai_jax.errors import UserError
 from cai_jax.labelers import make
 from cai_jax.labelers.judge import Judge
@@ -31,6 +31,7 @@ from cai_jax.prompts import (
     resolve_options,
     resolve_ratings,
 )
+from cai_jax.rules import satisfies
 from cai_jax.sampler import Generate, Sample, Sampler, Score
 
 CONSTITUTION = load_constitution("verifiable")

@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from packing import pack
 
 from cai_jax.models import attention
 from cai_jax.models.attention import attend, choose_backend
 from cai_jax.models.families import tiny_config
-from cai_jax.training.batches import Example, pack, pair_rows
+from cai_jax.training.batches import Example, pair_rows
 
 HEADS, KV_HEADS, SIZE = 4, 2, 16
 

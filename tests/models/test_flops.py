@@ -6,7 +6,7 @@ import pytest
 
 from cai_jax.models import transformer
 from cai_jax.models.families import param_shapes, tiny_config
-from cai_jax.models.flops import forward_flops, mean_context, parameters, training_flops
+from cai_jax.models.flops import attention_flops, forward_flops, mean_context, parameters, training_flops
 
 
 @pytest.mark.parametrize("length, past, window", [(1, 0, 0), (7, 5, 0), (7, 5, 4), (7, 5, 9), (7, 0, 3), (4, 9, 100)])
@@ -50,11 +50,24 @@ def test_parts_of_a_pass():
     assert forward_flops(windowed, 100, 10) < forward_flops(config, 100, 10)
 
 
+def test_attention_alone_is_what_grows_with_the_context():
+    config = wide_config(2)
+    grown = forward_flops(config, 100, 10, past=50) - forward_flops(config, 100, 10)
+    assert attention_flops(config, 100, 10, 50) - attention_flops(config, 100, 10) == pytest.approx(grown)
+    without = dataclasses.replace(config, n_heads=0, n_kv_heads=0)
+    of_kernels = 100 * 2 * 2 * config.d_model * 2 * (config.n_heads + config.n_kv_heads) * config.head_dim
+    parts = forward_flops(without, 100, 10) + of_kernels + attention_flops(config, 100, 10)
+    assert forward_flops(config, 100, 10) == pytest.approx(parts)
+
+
 def test_training_passes():
     config = wide_config(2)
     forward = forward_flops(config, 100, 10)
     assert training_flops(config, 100, 10) == pytest.approx(3 * forward)
-    assert training_flops(config, 100, 10, recompute=True) == pytest.approx(4 * forward)
+    assert training_flops(config, 100, 10, remat="full") == pytest.approx(4 * forward)
+    assert training_flops(config, 100, 10, remat="dots") == pytest.approx(
+        3 * forward + attention_flops(config, 100, 10)
+    )
     assert training_flops(config, 100, 10, frozen=True) == pytest.approx(2 * forward)
 
 

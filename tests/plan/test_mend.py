@@ -1,3 +1,5 @@
+import pytest
+
 from cai_jax.accelerators import GIB, parse_slice
 from cai_jax.config import Config, Mesh, Model, Ppo, Sampler
 from cai_jax.overrides import apply_overrides
@@ -18,6 +20,15 @@ def test_candidates_are_valid_settings_and_grow():
     sizes = [piece.chips for _, piece in changes]
     assert sizes == sorted(sizes) and sizes[-1] > PIECE.chips  # more chips only when no setting helps
     assert len(set(changes)) == len(changes)
+
+
+@pytest.mark.parametrize("remat, less", [("none", ["dots", "full"]), ("dots", ["full"]), ("full", [])])
+def test_less_is_kept_of_a_layer_before_more_is_done_again(remat, less):
+    config = apply_overrides(CONFIG, [f"model.remat={remat}"])
+    changes = [settings for settings, _ in mend.candidates(config, PIECE, lambda settings: False)]
+    assert [setting for settings in changes for setting in settings if "remat" in setting] == [
+        f"model.remat={each}" for each in less
+    ]
 
 
 def test_pairs_are_made_of_what_helps():

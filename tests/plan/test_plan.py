@@ -16,9 +16,9 @@ from cai_jax.mesh import make_mesh
 from cai_jax.models.flops import parameters
 from cai_jax.named_runs import load_config
 from cai_jax.overrides import apply_overrides
-from cai_jax.plan import command
-from cai_jax.plan.measure import Measurer, _used
-from cai_jax.plan.plan import _run, find_change, make_plan, smallest_plan
+from cai_jax.plan import command, topology
+from cai_jax.plan.measure import Measurer, _used, by_arithmetic
+from cai_jax.plan.plan import find_change, make_plan, planned_run, smallest_plan
 from cai_jax.plan.stages import programs_of
 from cai_jax.plan.table import as_json, as_text, refusal
 from cai_jax.plan.workload import workload_of
@@ -124,10 +124,24 @@ def test_what_is_planned_can_be_lowered(name, overrides):
     small = [f"{stage}.rollouts=16", f"{stage}.minibatches=1", f"{stage}.microbatches=1", "model.source=random:llama",
              "mesh.tensor=1", "mesh.fsdp=1"]  # fmt: skip
     config = apply_overrides(config, [*small, f"{stage}.response.max_new_tokens=16", *overrides])
-    run, _ = _run(config, parse_slice("h100x1"))
+    run, _ = planned_run(config, parse_slice("h100x1"))
     programs = programs_of(dataclasses.replace(run, mesh=make_mesh(Mesh(1, 1, 1), jax.devices()[:1])))
     for program in (program for program in programs if program.name in ("score rollouts", "train step")):
         assert "func" in program.lower().as_text()
+
+
+def test_what_is_kept_of_a_layer_and_what_is_done_again(ppo):
+    """none keeps all, dots what products make, full a layer's input, for a forward pass or attention's part of it."""
+    keeps = {
+        remat: line(make_plan(apply_overrides(ppo, [f"model.remat={remat}"]), H100, ARITHMETIC), "train step")
+        for remat in ("none", "dots", "full")
+    }
+    none, dots, full = (keep.program for keep in keeps.values())
+    assert none.temporaries > 1.3 * dots.temporaries > 1.3 * 1.3 * full.temporaries
+    assert full.work.flops == pytest.approx(none.work.flops * 4 / 3)
+    assert 1 < dots.work.flops / none.work.flops < 1.02  # attention is few FLOPs at 1024 tokens
+    assert none.work.memory < dots.work.memory < full.work.memory
+    assert none.arguments == dots.arguments == full.arguments
 
 
 def small_chip(gibibytes: float) -> Slice:
@@ -142,17 +156,46 @@ def tiny(ppo):
     return dataclasses.replace(ppo, model=dataclasses.replace(ppo.model, source="random:llama"))
 
 
-@pytest.mark.parametrize("share", [0.97, 0.8, 0.6])
-def test_a_refusal_names_a_change_that_fits(tiny, share):
+@pytest.mark.parametrize("share, asked", [(0.97, "--set"), (0.8, "--set"), (0.6, "--plan")])
+def test_a_refusal_names_a_change_that_fits(tiny, share, asked):
     largest = max(line.total for line in make_plan(tiny, H100, ARITHMETIC).lines)
     piece = small_chip(largest * share / GIB * 16 / 15)
     refused = make_plan(tiny, piece, ARITHMETIC)
     assert refused.too_large
     found = find_change(refused, ARITHMETIC)
     message = refusal(refused, found)
-    assert re.search(r"needs \d+\.\d\d GiB a chip and \d+\.\d\d GiB are there: .*--set .* fits", message)
-    settings = re.findall(r"--set (\S+)", message)
+    assert re.search(r"needs \d+\.\d\d GiB a chip and \d+\.\d\d GiB are there: .*" + asked + ".* fits", message)
+    settings, larger = re.findall(r"--set (\S+)", message), re.search(r"--plan=h100x(\d+)", message)
+    if larger:
+        piece = dataclasses.replace(piece, name=f"h100x{larger[1]}", chips=int(larger[1]))
     assert not make_plan(apply_overrides(tiny, settings), piece, ARITHMETIC).too_large
+
+
+class Stricter(Measurer):
+    """A compiler that finds ten times the temporaries of arithmetic in whatever is changed, short of more chips."""
+
+    def __init__(self, plan):
+        super().__init__(True, lambda line: self.said.append(line))
+        self.as_it_stands, self.said = {line.program.key for line in plan.lines}, []
+
+    def of(self, program):
+        memory = by_arithmetic(program)
+        changed = program.key not in self.as_it_stands and H100.name in program.key
+        return dataclasses.replace(memory, temporaries=memory.temporaries * (10 if changed else 1))
+
+
+def test_the_search_says_what_it_tries_and_gives_a_candidate_up_at_its_first_program_too_large(tiny):
+    plan = make_plan(tiny, H100, ARITHMETIC)
+    largest = max(plan.lines, key=lambda line: line.total)
+    assert largest.program.name == "train step"
+    measurer = Stricter(plan)
+    refused = make_plan(tiny, small_chip(0.97 * largest.total / GIB * 16 / 15), measurer)
+    (_, piece), mended = find_change(refused, measurer)
+    assert not mended.too_large and piece.chips > H100.chips
+    tried = [line for line in measurer.said if line.startswith("trying ")]
+    assert tried[0] == "trying --set ppo.microbatches=16" and tried[-1] == f"trying --plan={piece.name}"
+    assert re.fullmatch(r"ppo: train step: \d+\.\d\d GiB, too large", measurer.said[1])
+    assert measurer.said.count(measurer.said[1]) == 1, "what the compiler made of it is remembered"
 
 
 def test_nothing_helps_a_chip_of_a_kibibyte(tiny):
@@ -243,7 +286,7 @@ def test_text_and_json_say_whose_numbers(plan):
     text = as_text("ppo_7b", plan, price=2.5)
     assert "no compiler for this chip" in text and "Nothing was run" in text and "cost" in text
     written = json.loads(json.dumps(as_json("ppo_7b", plan, 2.5, None)))
-    assert written["slice"] == {"name": "h100x8", "chips": 8, "mesh": plan.mesh}
+    assert written["slice"] == {"name": "h100x8", "chips": 8, "machines": 1, "mesh": plan.mesh}
     assert written["sources"] == {
         "bytes": ["arithmetic"], "flops": "arithmetic", "seconds": "arithmetic from published peaks",
     }  # fmt: skip
@@ -263,6 +306,9 @@ def test_the_compilers_refusal_is_read():
     message = "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. " \
         "Used 41.50G of 30.75G hbm. Exceeded hbm capacity by 10.75G."
     assert _used(message) == int(41.5 * GIB)
+    message = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (400.00G) " \
+        "exceeds available HBM (30.75G)."
+    assert _used(message) == 400 * GIB
     assert _used("INTERNAL: something else") is None
 
 
@@ -284,7 +330,7 @@ def test_the_command_prints_writes_and_refuses(quiet, capsys, tmp_path):
     config = load_config("tiny")[1]
     command.plan_run("tiny", config, "h100x1", str(tmp_path / "plan.json"), None)
     out = capsys.readouterr().out
-    assert out.startswith("tiny on h100x1: 1 chips")
+    assert out.startswith("tiny on h100x1: 1 chips on 1 machine,")
     assert json.loads((tmp_path / "plan.json").read_text())["fits"] is True
     large = dataclasses.replace(config, model=Model("Qwen/Qwen2.5-14B"))
     with pytest.raises(UserError, match="h100x1: .* needs .* GiB a chip"):
@@ -310,7 +356,7 @@ def test_flags_of_a_plan_without_a_plan():
 
 
 def test_a_missing_compiler_says_how_to_install_it(monkeypatch, quiet, ppo):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr(topology, "has_compiler", lambda: False)
     with pytest.raises(UserError, match=r"v4-32: the TPU compiler is not installed: pip install 'cai-jax\[plan\]'"):
         command.plan_run("ppo_7b", ppo, "v4-32", None, None)
 

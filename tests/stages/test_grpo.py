@@ -11,7 +11,8 @@ import pytest
 from run_folders import artifacts
 
 from cai_jax import Sampler
-from cai_jax.config import Config, Grpo, Model, Sampling
+from cai_jax.config import Config, Grpo, Mesh, Model, Sampling
+from cai_jax.mesh import make_mesh
 from cai_jax.models.pretrained import load_model
 from cai_jax.named_runs import load_config
 from cai_jax.objectives import grpo as formulas
@@ -159,7 +160,8 @@ def test_a_reward_model_scores_groups(policy, tmp_path):
     reward = load_model("random:llama", kind="reward", seed=3)
     settings = Grpo(rollouts=8, group=4, response=Sampling(max_new_tokens=6), missing_eos_penalty=0.0)
     config = Config(model=Model("random:llama"), description="groups", grpo=settings)
-    context = SimpleNamespace(config=config, put_rows=lambda batch: batch)
+    mesh = make_mesh(Mesh(), jax.devices()[:1])
+    context = SimpleNamespace(config=config, mesh=mesh, put_rows=lambda batch: batch)
     rolled, _ = group_rollouts(policy, 8)
     source = rewards.Source("model", reward)
     batch, report = grpo.score_rollouts(context, grpo.Frozen(policy, source, Prompts([], 128)), rolled)

@@ -13,7 +13,7 @@ from cai_jax.models.pretrained import load_model, save_model
 from cai_jax.named_runs import load_config
 from cai_jax.overrides import apply_overrides
 from cai_jax.progress import Progress
-from cai_jax.provenance import StageFolder
+from cai_jax.run_folder import StageFolder
 from cai_jax.stages import inputs, sft
 from cai_jax.stages.context import prepare
 from cai_jax.stages.rows import usable_prompts

@@ -13,7 +13,8 @@ from cai_jax.config import Filters
 from cai_jax.constitution import load_constitution
 from cai_jax.errors import UserError
 from cai_jax.labelers.opinion import Opinion, Pair
-from cai_jax.provenance import StageFolder, row_seed, write_json
+from cai_jax.provenance import row_seed, write_json
+from cai_jax.run_folder import StageFolder
 from cai_jax.sampler import Generate
 from cai_jax.stages import labelling, preferences
 from cai_jax.stages.critique_revision import draw_principle

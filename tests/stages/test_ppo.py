@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from cai_jax import Sampler
-from cai_jax.config import Config, Model, Ppo, Sampling
+from cai_jax.config import Config, Mesh, Model, Ppo, Sampling
 from cai_jax.errors import UserError
+from cai_jax.mesh import make_mesh
 from cai_jax.models import transformer
 from cai_jax.models.pretrained import fresh_head, load_model
 from cai_jax.named_runs import load_config
@@ -52,10 +53,14 @@ def rollouts(frozen):
     }  # fmt: skip
 
 
+def one_device():
+    return make_mesh(Mesh(), jax.devices()[:1])
+
+
 def scored(frozen, rollouts, bias, moments=None, **settings):
     settings = Ppo(**{"rollouts": ROWS, "minibatches": 2, "whiten_advantages": False, "kl_coef": 0.0} | settings)
     config = Config(model=Model("random:llama"), description="one update", ppo=settings)
-    context = SimpleNamespace(config=config, put_rows=lambda batch: batch)
+    context = SimpleNamespace(config=config, mesh=one_device(), put_rows=lambda batch: batch)
     params = {"policy": frozen.reference.params, "value": frozen.source.model.params}
     asked = Rollouts("update-0", [], [], rollouts)
     return score_rollouts(context, frozen, params, asked, bias, settings.kl_coef, moments or no_scores())
@@ -147,7 +152,7 @@ def test_smaller_frozen_models_stay_close(frozen, rollouts, dtype):
     small = replace(frozen, reference=load_model("random:llama", dtype), source=Source("model", reward))
     part = {name: rollouts[name] for name in ("tokens", "positions", "mask")}
     (ref, _, scores), (small_ref, _, small_scores) = (
-        _score(f.reference.config, f.value_config, f.source.model.config, f.reference.params,
+        _score(f.reference.config, f.value_config, f.source.model.config, one_device(), f.reference.params,
                frozen.source.model.params, f.source.model.params, part, 1.0, "float32", "auto")
         for f in (frozen, small)
     )  # fmt: skip
@@ -160,6 +165,7 @@ def test_scoring_attends_as_the_config_says(frozen, rollouts, monkeypatch):
     asked, choose = [], transformer.choose_backend
 
     def note(wanted, *rest):
+        assert not jax.sharding.get_abstract_mesh().empty, "on several chips a kernel has to know how rows are split"
         asked.append(wanted)
         return choose("xla", *rest)
 
@@ -168,9 +174,9 @@ def test_scoring_attends_as_the_config_says(frozen, rollouts, monkeypatch):
     models = frozen.reference.params, reward.params, reward.params
     part = {name: rollouts[name] for name in ("tokens", "positions", "mask")}
     config = Config(Model("random:llama", attention="cudnn"), "as asked")
-    lower_score(config, "ppo", frozen.reference.config, reward.config, reward.config, *models, part)
+    lower_score(config, "ppo", frozen.reference.config, reward.config, reward.config, one_device(), *models, part)
     tokens, positions = part["tokens"], part["positions"]
-    lower_rewards(config, reward.config, reward.params, tokens, positions)
+    lower_rewards(config, reward.config, one_device(), reward.params, tokens, positions)
     assert asked == ["cudnn"] * 4, "reference, values and scores of rollouts; scores of texts"
 
 
@@ -234,7 +240,7 @@ def test_normalised_arrays_are_those_of_normalised_scores_and_values(frozen, rol
     batch, _, moments = scored(frozen, rollouts, 0.5, earlier, normalise_scores=True)
     asked = Rollouts("update-0", [], [], rollouts)
     config = Config(Model("random:llama"), "by hand", ppo=Ppo(rollouts=ROWS, minibatches=2))
-    context = SimpleNamespace(config=config, put_rows=lambda batch: batch)
+    context = SimpleNamespace(config=config, mesh=one_device(), put_rows=lambda batch: batch)
     value = frozen.value_config, frozen.source.model.params
     _, values, _, scores = measure(context, "ppo", frozen.reference, frozen.source, asked, value)
     whole = np.concatenate([[1.0, -2.0, 4.0], scores - 0.5])
@@ -273,7 +279,8 @@ def test_a_kl_of_the_sequence_is_charged_at_its_end(frozen, rollouts):
 
 def test_an_update_ends_once_it_has_moved_too_far():
     kls = [0.0, 0.02, 0.2, 0.3]
-    context = SimpleNamespace(config=Config(Model("random:llama"), "steps"), put_rows=lambda batch: batch)
+    config = Config(Model("random:llama"), "steps")
+    context = SimpleNamespace(config=config, mesh=one_device(), put_rows=lambda batch: batch)
 
     def steps(bound):
         left = iter(kls)

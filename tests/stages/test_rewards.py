@@ -3,20 +3,23 @@
 from dataclasses import replace
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 
 from cai_jax import Sampler
-from cai_jax.config import Config, Grpo, Model, Ppo, Sampling
+from cai_jax.config import Config, Grpo, Mesh, Model, Ppo, Sampling
 from cai_jax.config_rules import validate
-from cai_jax.constitution import load_constitution, satisfies
+from cai_jax.constitution import load_constitution
 from cai_jax.errors import UserError
+from cai_jax.mesh import make_mesh
 from cai_jax.models.pretrained import load_model
 from cai_jax.named_runs import load_config
 from cai_jax.objectives.ppo import no_scores
 from cai_jax.overrides import apply_overrides
 from cai_jax.progress import Progress
 from cai_jax.provenance import row_seed
+from cai_jax.rules import satisfies
 from cai_jax.sampler import Score
 from cai_jax.stages import grpo, ppo, rewards
 from cai_jax.stages.context import prepare
@@ -29,7 +32,7 @@ def context_of(**settings):
     config = Config(Model("random:llama"), "scores", ppo=Ppo(**settings), grpo=Grpo(rollouts=4, group=2))
     return SimpleNamespace(
         config=config, constitution=load_constitution("verifiable"), row_seed=lambda *parts: row_seed(0, *parts),
-        put_rows=lambda batch: batch, sampler=lambda model: Sampler(model, max_length=64, rows=2),
+        mesh=make_mesh(Mesh(), jax.devices()[:1]), put_rows=lambda batch: batch, sampler=lambda model: Sampler(model, max_length=64, rows=2),
     )  # fmt: skip
 
 

@@ -13,7 +13,8 @@ from cai_jax.errors import UserError
 from cai_jax.models.byte_tokenizer import byte_tokenizer
 from cai_jax.progress import Progress
 from cai_jax.prompt_sets import Prompt, PromptRows
-from cai_jax.provenance import StageFolder, row_seed
+from cai_jax.provenance import row_seed
+from cai_jax.run_folder import StageFolder
 from cai_jax.sampler import Generate, Sample
 from cai_jax.sampler.engine import Counts
 from cai_jax.stages import critique_revision, preferences

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packing import pack
 
 from cai_jax.training.batches import (
     Example,
@@ -11,10 +12,12 @@ from cai_jax.training.batches import (
     Rows,
     batch_rows,
     best_fit,
-    pack,
+    bins_of,
+    fewest_bins,
     right_padded,
     steps_per_epoch,
     take_rows,
+    tight_fit,
 )
 
 EXAMPLES = st.lists(
@@ -66,6 +69,72 @@ def test_best_fit_is_the_obvious_search(sizes):
         bins[best].append(number)
         room[best] -= size
     assert best_fit(sizes, 20) == bins
+
+
+def fewest(sizes, length):
+    """The fewest bins, by trying every place of every size."""
+    best = len(sizes)
+
+    def place(rest, rooms):
+        nonlocal best
+        if len(rooms) >= best:
+            return
+        if not rest:
+            best = len(rooms)
+            return
+        for i in range(len(rooms)):
+            if rooms[i] >= rest[0] and rooms[i] not in rooms[:i]:
+                place(rest[1:], [*rooms[:i], rooms[i] - rest[0], *rooms[i + 1 :]])
+        place(rest[1:], [*rooms, length - rest[0]])
+
+    place(sorted(sizes, reverse=True), [])
+    return best
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=9))
+def test_no_packing_is_fuller_than_the_limit_and_ours_is_near_it(sizes):
+    bound, exact = fewest_bins(sizes, 12), fewest(sizes, 12)
+    packing = Packing([Example((1,) * (n - 1), (2,)) for n in sizes], 12)
+    assert -(-sum(sizes) // 12) <= bound <= exact <= len(packing) <= exact + 1
+    assert packing.limit == sum(sizes) / (bound * 12) >= packing.efficiency
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(st.integers(1, 20), max_size=40))
+def test_a_tight_bin_is_the_fullest_that_its_first_size_allows(sizes):
+    sizes = sorted(sizes, reverse=True)
+    bins = tight_fit(sizes, 20)
+    assert sorted(number for row in bins for number in row) == list(range(len(sizes)))
+    left = list(range(len(sizes)))
+    for row in bins:
+        assert row[0] == left[0]
+        sums = {sizes[row[0]]}
+        for number in left[1:]:
+            sums |= {total + sizes[number] for total in sums}
+        assert sum(sizes[number] for number in row) == max(total for total in sums if total <= 20)
+        left = [number for number in left if number not in row]
+
+
+def test_rows_are_within_two_in_a_hundred_of_the_limit():
+    """Lengths as chats have them, and three to a row, where the fullest row that has room is a poor choice."""
+    rng = np.random.default_rng(0)
+    for sizes, length in (
+        (rng.lognormal(4.5, 0.7, 1200).astype(int) + 10, 256),
+        (rng.lognormal(5.5, 0.7, 300).astype(int) + 10, 1024),
+        (rng.integers(70, 101, 1100), 256),
+    ):
+        sizes = sorted(sizes[sizes <= length].tolist(), reverse=True)
+        bins = bins_of(sizes, length)
+        assert sorted(number for row in bins for number in row) == list(range(len(sizes)))
+        assert max(sum(sizes[number] for number in row) for row in bins) <= length
+        assert len(bins) <= 1.02 * fewest_bins(sizes, length), length
+    assert len(best_fit(sizes, 256)) > 1.1 * len(bins)
+
+
+def test_the_limit_knows_that_long_examples_stand_alone():
+    assert fewest_bins([7, 7, 7, 1], 12) == 3 and fewest_bins([7, 7, 6, 5, 5], 12) == 3
+    assert fewest_bins([9, 9, 4, 4, 4], 12) == 3 and fewest_bins([12] * 4, 12) == 4
 
 
 def test_rows_made_when_asked_for_are_those_of_the_whole():

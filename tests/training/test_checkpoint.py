@@ -38,6 +38,22 @@ def test_the_last_ones_stay_and_come_back(tmp_path):
     assert int(Checkpoints(tmp_path, every=1).restore(state(0), 2)[0]["step"]) == 2
 
 
+def test_two_states_are_never_in_memory(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path, every=1)
+    fresh = state(0)
+    assert checkpoints.restore(fresh)[0] is fresh and not fresh["w"].is_deleted()
+    checkpoints.save(1, state(1), {})
+    loaded = []
+
+    def load(step, **items):
+        loaded.append([leaf.is_deleted() for leaf in jax.tree.leaves(fresh)])
+        return Checkpoints._load(checkpoints, step, **items)
+
+    monkeypatch.setattr(checkpoints, "_load", load)
+    found, _ = checkpoints.restore(fresh)
+    assert float(found["w"][0, 0]) == 1 and loaded == [[True, True]]
+
+
 def test_the_best_stays_beside_the_last_also_after_a_restart(tmp_path):
     qualities = {1: -3.0, 2: -1.0, 3: None, 4: -2.0, 5: -1.0, 6: -4.0}
     for step, quality in qualities.items():

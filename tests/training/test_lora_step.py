@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from packing import pack
 
 from cai_jax import config as configs
 from cai_jax.config import Lora, Mesh
@@ -12,7 +13,7 @@ from cai_jax.mesh import make_mesh
 from cai_jax.models import kernels, lora
 from cai_jax.models.pretrained import load_model
 from cai_jax.objectives.model_losses import reward_objective, sft_objective
-from cai_jax.training.batches import Example, pack, pair_rows
+from cai_jax.training.batches import Example, pair_rows
 from cai_jax.training.step import join, make_optimizer, make_schedule, split, start_training
 
 # A large eps: with a small one Adam would turn the rounding of a gradient near zero into a whole step.

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from packing import pack
 
 from cai_jax import config as configs
 from cai_jax.config import Mesh
@@ -15,7 +16,7 @@ from cai_jax.models.heads import reward
 from cai_jax.models.pretrained import load_model
 from cai_jax.objectives.model_losses import reward_objective, sft_objective
 from cai_jax.objectives.pairwise import bradley_terry
-from cai_jax.training.batches import Example, pack, pair_rows, right_padded
+from cai_jax.training.batches import Example, pair_rows, right_padded
 from cai_jax.training.step import init_state, make_optimizer, make_schedule, make_train_step
 
 
@@ -207,3 +208,13 @@ def test_reward_loss_does_not_see_padding_or_empty_rows(reward_model, pairs):
         np.testing.assert_allclose(short[name], long[name], rtol=2e-5)
         np.testing.assert_allclose(short[name], filled[name], rtol=2e-5)
     assert filled["weight"] == 4
+
+
+def test_donated_params_become_those_of_the_state():
+    mesh, optimizer = make_mesh(Mesh()), optax.adam(1e-3)
+    for donate in (False, True):
+        params = {"embed": jnp.ones((64, 8)), "final_norm": jnp.ones(8)}
+        places = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(params)]
+        state = init_state(params, optimizer, mesh, donate)
+        assert all(leaf.is_deleted() == donate for leaf in jax.tree.leaves(params))
+        assert ([leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state.params)] == places) == donate
