@@ -81,16 +81,17 @@ def _score(config, value_config, reward_config, mesh, reference, value, reward, 
 
     Of what has no params comes None.
     """
-    arrays = part["tokens"], part["positions"], part["mask"]
-    ref_logprobs_BN, _ = completion_logprobs(config, reference, *arrays, temperature, dtype, attention=attention)
-    values_BN = scores_BK = None
-    if value is not None:
-        values_BN = completion_values(value_config, value, *arrays, dtype, attention=attention)
-    if reward is not None:
-        arrays = part["tokens"], part["positions"]
-        scores_BTK = head_values(reward_config, reward, *arrays, attention=attention, dtype=dtype)
-        scores_BK = last_real(scores_BTK, part["positions"])
-    return ref_logprobs_BN, values_BN, scores_BK
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # for those who ask which mesh is in use
+        arrays = part["tokens"], part["positions"], part["mask"]
+        ref_logprobs_BN, _ = completion_logprobs(config, reference, *arrays, temperature, dtype, attention=attention)
+        values_BN = scores_BK = None
+        if value is not None:
+            values_BN = completion_values(value_config, value, *arrays, dtype, attention=attention)
+        if reward is not None:
+            arrays = part["tokens"], part["positions"]
+            scores_BTK = head_values(reward_config, reward, *arrays, attention=attention, dtype=dtype)
+            scores_BK = last_real(scores_BTK, part["positions"])
+        return ref_logprobs_BN, values_BN, scores_BK
 
 
 def lower_score(config, stage, policy, value_config, scorer, mesh, reference, value, reward, part):

@@ -132,6 +132,21 @@ def test_dpo_of_a_pair_in_one_row_is_dpo_of_its_two_texts(policy, kind):
     np.testing.assert_allclose(sums["margin"], 0.3 * np.sum((ours - theirs) @ [1, -1]), rtol=1e-3)
 
 
+def test_soft_labels_of_dpo_come_with_the_rows(policy):
+    rng = np.random.default_rng(4)
+    pairs = [[rng.integers(3, 200, 4).tolist() for _ in "pab"] for _ in range(2)]
+    batch = {**pair_rows(pairs, 16), "real": np.ones(2)}
+    batch["ref_logprobs"] = pair_logprobs(policy.config, load_model("random:llama", seed=5).params, batch)
+    hard, soft = (
+        dpo_objective(policy.config, beta=0.3)(policy.params, batch | more)[0]
+        for more in ({}, {"smoothing": np.array([0.0, 0.4], np.float32)})
+    )
+    ours = pair_logprobs(policy.config, policy.params, batch)
+    want = dpo.terms(*ours.T, *batch["ref_logprobs"].T, 0.3, smoothing=np.array([0.0, 0.4]))
+    np.testing.assert_allclose(soft, want.sum(), rtol=1e-5)
+    assert abs(float(hard - soft)) > 1e-3
+
+
 def test_a_dpo_step_from_the_reference_prefers_the_chosen_response(policy):
     rng = np.random.default_rng(3)
     pairs = [[rng.integers(3, 200, 5).tolist() for _ in "pab"] for _ in range(2)]

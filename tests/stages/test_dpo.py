@@ -38,7 +38,9 @@ def texts():
 
 def test_log_probs_of_a_pair_do_not_depend_on_the_other_pairs(context, model, texts):
     together = scoring.score_pairs(context, model.config, model.params, texts)
-    np.testing.assert_array_equal(scoring.score_pairs(context, model.config, model.params, texts[7:8]), together[7:8])
+    for place in (7, int(np.argmin([sum(map(len, pair)) for pair in texts]))):  # the shortest is padded to less
+        alone = scoring.score_pairs(context, model.config, model.params, [texts[place]])
+        np.testing.assert_array_equal(alone, together[[place]])
     backwards = scoring.score_pairs(context, model.config, model.params, texts[::-1])
     np.testing.assert_array_equal(backwards[::-1], together)
     swapped = scoring.score_pairs(context, model.config, model.params, [(p, b, a) for p, a, b in texts])

@@ -189,6 +189,25 @@ def test_alternatives_learn_from_the_same_data_and_survive_a_kill(finished, tmp_
     assert all(np.abs(after - models[0]).max() > 1e-5 for after in models[1:])
 
 
+def test_dpo_with_adapters_has_its_reference_below_them_and_soft_labels_take_ties_in(finished, tmp_path):
+    run_dir = tmp_path / "run"
+    for stage in ("sft", "preferences"):
+        shutil.copytree(finished / stage, run_dir / stage)
+    result = launch(run_dir, "--stages=dpo", "--set=lora.rank=4", "--set=dpo.soft_labels=true")
+    assert result.returncode == 0, result.stderr
+    metrics = [json.loads(line) for line in open(run_dir / "dpo" / "metrics.jsonl")]
+    assert metrics[0]["loss"] == pytest.approx(np.log(2), abs=1e-6) and abs(metrics[0]["margin"]) < 1e-5
+    assert max(abs(line["margin"]) for line in metrics[1:]) > 1e-4
+    found, labels = summary(run_dir, "dpo"), summary(run_dir, "preferences")
+    assert found["counters"]["tie"] == 0
+    used = found["train_pairs"] + found["held_out"]["n"]
+    assert used == labels["labelled"] - found["counters"]["identical_responses"] - found["counters"]["too_long"]
+    start = load_model(run_dir / "sft" / "model")
+    merged = flatten(lora.merge(load_adapter(run_dir / "dpo" / "adapter", start).params))
+    for name, leaf in flatten(load_model(run_dir / "dpo" / "model").params).items():
+        np.testing.assert_allclose(merged[name], leaf, atol=1e-6, err_msg=name)
+
+
 def test_best_of_n_that_is_not_distilled_answers_by_choice(finished, tmp_path):
     run_dir = tmp_path / "run"
     for stage in ("sft", "reward_model"):

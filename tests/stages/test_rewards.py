@@ -32,7 +32,8 @@ def context_of(**settings):
     config = Config(Model("random:llama"), "scores", ppo=Ppo(**settings), grpo=Grpo(rollouts=4, group=2))
     return SimpleNamespace(
         config=config, constitution=load_constitution("verifiable"), row_seed=lambda *parts: row_seed(0, *parts),
-        mesh=make_mesh(Mesh(), jax.devices()[:1]), put_rows=lambda batch: batch, sampler=lambda model: Sampler(model, max_length=64, rows=2),
+        mesh=make_mesh(Mesh(), jax.devices()[:1]), put_rows=lambda batch: batch,
+        sampler=lambda model: Sampler(model, max_length=64, rows=2),
     )  # fmt: skip
 
 
