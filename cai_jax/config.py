@@ -386,6 +386,7 @@ class Config:
     model: Model
     description: str  # one line for --list
     constitution: str = "harmless_helpful"  # a shipped name, or a path to a YAML file
+    principles: tuple[str, ...] = ()  # ids of those to go by; (): all of the constitution
     run_dir: str = ""  # "": runs/<config name> under the folder the command is run in
     seed: int = 0
     stages: tuple[str, ...] = tuple(stage for stage in STAGES if stage not in OPTIONAL)

@@ -21,7 +21,8 @@
 import os
 import re
 import unicodedata
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from datetime import date, datetime
 from pathlib import Path
 
@@ -93,14 +94,27 @@ class Constitution:
         raise UserError(f"{self.path}: there is no principle {id!r}{nearest}")
 
 
-def load_constitution(path: str | Path) -> Constitution:
+def load_constitution(path: str | Path, principles: Sequence[str] = ()) -> Constitution:
     """The constitution in a YAML file, or the shipped one of that name ("harmless_helpful").
 
     What holds a path separator or ends in .yaml or .yml is a path; anything else is a shipped name. Raises
-    UserError that names file, principle and field for whatever is not as the schema says.
+    UserError that names file, principle and field for whatever is not as the schema says. `principles` names those to
+    keep, with their examples; without it all.
     """
     file = _find(path)
-    return _constitution(read_yaml(file, as_written="version"), str(file))
+    constitution = _constitution(read_yaml(file, as_written="version"), str(file))
+    return _only(constitution, principles) if principles else constitution
+
+
+def _only(whole: Constitution, ids: Sequence[str]) -> Constitution:
+    for name in ids:
+        whole.principle(name)
+    parts = {
+        "principles": tuple(principle for principle in whole.principles if principle.id in ids),
+        **{name: tuple(shot for shot in getattr(whole, name) if shot.principle in ids)
+           for name in ("critique_few_shots", "preference_few_shots")},
+    }  # fmt: skip
+    return replace(whole, **parts, hash=content_hash([whole.hash, [principle.id for principle in parts["principles"]]]))
 
 
 def shipped_constitutions() -> list[str]:

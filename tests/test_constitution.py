@@ -458,3 +458,13 @@ def test_cutting_a_file_anywhere_never_ends_in_a_traceback(tmp_path):
                 load_constitution(path)
             except UserError as error:
                 assert len(str(error).splitlines()) == 1 and str(error).startswith(path)
+
+
+def test_a_run_may_go_by_some_principles():
+    whole = load_constitution("verifiable")
+    some = load_constitution("verifiable", ("no_digits", "brief"))
+    assert [principle.id for principle in some.principles] == ["brief", "no_digits"]  # in the constitution's order
+    assert [shot.principle for shot in some.critique_few_shots] == ["no_digits"] and not some.preference_few_shots
+    assert some.hash != whole.hash and some.hash == load_constitution("verifiable", ("brief", "no_digits")).hash
+    with pytest.raises(UserError, match="no principle 'no_digit'; did you mean no_digits"):
+        load_constitution("verifiable", ("no_digit",))

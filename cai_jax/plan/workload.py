@@ -52,7 +52,7 @@ def workload_of(config: Config) -> Workload:
             sets[name] = PromptCount(rows, ASSUMED_TOKENS)
             assumed.append(f"prompts.{name} ({prompt_set.path}) is not read: {rows} prompts of {ASSUMED_TOKENS} tokens")
     assumed.append("every text is as long as its limit")
-    constitution = load_constitution(config.constitution)
+    constitution = load_constitution(config.constitution, config.principles)
     preambles = {
         "critique_revision": _tokens(constitution.critique_few_shots),
         "preferences": _tokens(constitution.preference_few_shots),

@@ -151,7 +151,7 @@ def principle_titles(run: Run) -> dict[str, str]:
     if not source:
         return {}
     try:
-        constitution = load_constitution(source)
+        constitution = load_constitution(source, run.resolved("principles") or ())
     except (UserError, OSError):
         return {}
     recorded = (run.config.get("constitution") or {}).get("hash")

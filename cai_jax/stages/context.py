@@ -302,7 +302,7 @@ class Context:
 
 def prepare(name: str, config: Config, run_dir: Path, fresh: bool, progress: Progress) -> Context:
     """Read and check everything that a run starts from; whatever is wrong with it is a UserError now."""
-    constitution = load_constitution(config.constitution)
+    constitution = load_constitution(config.constitution, config.principles)
     check_principles(config, constitution)
     prompts = read_prompts(config)
     mesh = meshes.make_mesh(config.mesh)

@@ -222,7 +222,7 @@ def _check_rewards(stage: str, config: Config, base: ModelInfo, models: dict) ->
         judge = check_model(settings.judge, "policy") if settings.judge else base
         _check_tokenizer(judge)
         resolve_ratings(judge.tokenizer)
-    elif not any(principle.check for principle in load_constitution(config.constitution).principles):
+    elif not any(principle.check for principle in load_constitution(config.constitution, config.principles).principles):
         raise UserError(f"{stage}.reward=rule: no principle of the constitution ({config.constitution}) has a check; "
                         "name one that has, such as verifiable")
 
