@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")  # of every layer
-STAGES = ("critique_revision", "sft", "preferences", "reward_model", "ppo", "evaluate")
+STAGES = ("red_team", "critique_revision", "sft", "preferences", "reward_model", "ppo", "evaluate")
+OPTIONAL = ("red_team",)  # stages that a run has where its config names them
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,23 @@ class Lora:
     rank: int = 0  # 0: off, every weight trains
     alpha: float = 16.0  # an adapter counts alpha / rank
     targets: tuple[str, ...] = PROJECTIONS  # projections that get one
+
+
+@dataclass(frozen=True)
+class RedTeam:
+    """New red-team prompts by model (Perez et al. 2022), which the later stages use beside `prompts.red_team`."""
+
+    writer: str = ""  # model that writes and tells categories apart; "": the model that the run starts from
+    target: str = ""  # model that the prompts are tried on; "": the model that the run starts from
+    draws: int = 8  # lists asked for in each category
+    examples: int = 5  # prompts of the category that a list begins with, drawn anew for each
+    request: Sampling = Sampling(temperature=1.0, top_p=0.95, max_new_tokens=160)
+    response: Sampling = Sampling(max_new_tokens=64)  # of the target
+    most_similar: float = 0.5  # overlap with another prompt from which on one is a repetition; of character 4-grams
+    keep: str = "answer"  # what the target answers; margin: whose margin of refusing is low; all
+    margin: float = 0.0  # with keep=margin: nats a token, below which a prompt is kept
+    agreeing: bool = False  # keep only what the classifier finds in the category that was asked for
+    rows_per_shard: int = 64
 
 
 @dataclass(frozen=True)
@@ -219,13 +237,14 @@ class Config:
     constitution: str = "harmless_helpful"  # a shipped name, or a path to a YAML file
     run_dir: str = ""  # "": runs/<config name> under the folder the command is run in
     seed: int = 0
-    stages: tuple[str, ...] = STAGES
+    stages: tuple[str, ...] = tuple(stage for stage in STAGES if stage not in OPTIONAL)
     mesh: Mesh = Mesh()
     logging: Logging = Logging()
     prompts: Prompts = field(default_factory=Prompts)
     sampler: Sampler = Sampler()
     checkpoints: Checkpoints = Checkpoints()
     lora: Lora = Lora()
+    red_team: RedTeam = RedTeam()
     critique_revision: CritiqueRevision = CritiqueRevision()
     sft: Sft = Sft()
     preferences: Preferences = Preferences()

@@ -86,6 +86,8 @@ def _check_batches(config: Config) -> None:
 
 
 def _check_sampling(config: Config) -> None:
+    if config.red_team.request.temperature == 0:
+        raise UserError("red_team.request.temperature must be above 0: lists are to differ from draw to draw")
     if config.preferences.response.temperature == 0:
         raise UserError("preferences.response.temperature must be above 0: "
                         "the two responses of a greedy pair are the same")
@@ -114,6 +116,7 @@ def _check_lengths(config: Config) -> None:
 
 
 _SAMPLINGS = {
+    "red_team": ("request", "response"),
     "critique_revision": ("response", "critique", "revision"),
     "sft": ("helpful",),
     "preferences": ("response",),
@@ -177,6 +180,13 @@ _RULES = {
         "b2": _FROM_0_BELOW_1,
         "eps": _POSITIVE,
         "clip_norm": _POSITIVE,
+    },
+    c.RedTeam: {
+        "draws": _at_least(1),
+        "examples": _at_least(1),
+        "most_similar": _ABOVE_0_TO_1,
+        "keep": _one_of("answer", "margin", "all"),
+        "rows_per_shard": _at_least(1),
     },
     c.CritiqueRevision: {"rounds": _at_least(1), "rows_per_shard": _at_least(1)},
     c.Sft: {

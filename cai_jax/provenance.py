@@ -259,8 +259,11 @@ class StageFolder:
 
     def write_shard(self, index: int, count: int, rows: list[dict], prefix: str = "rows") -> None:
         """Shard `index` of `count` as a JSONL file, a row a line, all of it or nothing."""
-        text = "".join(_to_json(row) + "\n" for row in rows)
-        _write_atomically(self.path / shard_name(index, count, prefix), text)
+        self.write_lines(shard_name(index, count, prefix), rows)
+
+    def write_lines(self, name: str, rows: list[dict]) -> None:
+        """A JSONL file of the stage, a row a line, all of it or nothing."""
+        _write_atomically(self.path / name, "".join(_to_json(row) + "\n" for row in rows))
 
     def write_summary(self, summary: dict) -> None:
         """summary.json: the stage's counters and results, without times."""

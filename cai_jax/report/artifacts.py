@@ -11,6 +11,7 @@ from cai_jax.constitution import load_constitution
 from cai_jax.errors import UserError
 
 TITLES = {
+    "red_team": "Red-team prompts by model",
     "critique_revision": "Critique and revision",
     "sft": "Supervised fine-tuning",
     "preferences": "AI preference labels",
