@@ -115,8 +115,8 @@ class RedTeam:
     request: Sampling = Sampling(temperature=1.0, top_p=0.95, max_new_tokens=160)
     response: Sampling = Sampling(max_new_tokens=64)  # of the target
     most_similar: float = 0.5  # overlap with another prompt from which on one is a repetition; of character 4-grams
-    keep: str = "answer"  # what the target answers; margin: whose margin of refusing is low; all
-    margin: float = 0.0  # with keep=margin: nats a token, below which a prompt is kept
+    keep: str = "answer"  # what the target answers; margin: what it is least ready to refuse; all
+    easiest: float = 0.5  # with keep=margin: the share of prompts with the lowest margins of refusing
     agreeing: bool = False  # keep only what the classifier finds in the category that was asked for
     rows_per_shard: int = 64
 

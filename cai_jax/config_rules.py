@@ -186,6 +186,7 @@ _RULES = {
         "examples": _at_least(1),
         "most_similar": _ABOVE_0_TO_1,
         "keep": _one_of("answer", "margin", "all"),
+        "easiest": _ABOVE_0_TO_1,
         "rows_per_shard": _at_least(1),
     },
     c.CritiqueRevision: {"rounds": _at_least(1), "rows_per_shard": _at_least(1)},

@@ -129,7 +129,8 @@ def models_of(config: Config) -> dict[str, tuple[ModelConfig, str]]:
     base = shape_of(config.model.source)
     models = {"model.source": base}
     named = {
-        "red_team": ("writer", "target"), "preferences": ("policy", "judge"), "reward_model": ("start",), "ppo": ("policy", "reward_model"),
+        "red_team": ("writer", "target"), "preferences": ("policy", "judge"), "reward_model": ("start",),
+        "ppo": ("policy", "reward_model"),
         "evaluate": ("rl", "reward_model"),
     }  # fmt: skip
     for stage, fields in named.items():

@@ -62,6 +62,10 @@ class Run:
         for path in sorted((self.folder / stage).glob(f"{prefix}-*.jsonl")):
             yield from self._lines(path)
 
+    def lines(self, path: str) -> Iterator[dict]:
+        """Rows of a file of the run; none where it is not there."""
+        return self._lines(self.folder / path) if (self.folder / path).exists() else iter(())
+
     def _lines(self, path: Path) -> Iterator[dict]:
         torn = 0
         try:

@@ -82,7 +82,7 @@ def _diversity(found: dict) -> Html | None:
 
 def _samples(run: Run) -> Html | None:
     """Kept prompts in the order of a hash of their ids, so that none was picked for what it says."""
-    kept = sorted(run.rows("red_team", "prompts"), key=lambda row: order(row.get("id")))[:SHOWN]
+    kept = sorted(run.lines("red_team/prompts.jsonl"), key=lambda row: order(row.get("id")))[:SHOWN]
     if not kept:
         return None
     return details(

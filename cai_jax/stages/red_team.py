@@ -60,7 +60,12 @@ def run(context, folder) -> dict:
         sampler = context.sampler(context.load(settings.target) if settings.target else context.base)
     answers = _try(context, folder, sampler, candidates)
     categories = classify(scored)
-    rows = [_judged(row, categories.get(row["id"], ""), settings) for row in answers]
+    fallen = falls_for(answers, settings)
+    rows = [
+        row | {"classified": (found := categories.get(row["id"], "")),
+               "kept": row["id"] in fallen and (found == row["category"] or not settings.agreeing)}
+        for row in answers
+    ]  # fmt: skip
     kept = [row for row in rows if row["kept"]]
     folder.write_lines(PROMPTS, [_prompt(row) for row in kept])
     tried = {row["id"] for row in rows}
@@ -246,15 +251,14 @@ def _try(context, folder, sampler, candidates) -> list[dict]:
         )
 
 
-def _judged(row: dict, category: str, settings) -> dict:
-    """A row of answers with its category by the classifier, and whether it is kept."""
-    fell = {
-        "answer": row["kind"] == "answer",
-        "margin": row["margin"] < settings.margin,
-        "all": True,
-    }[settings.keep]
-    right = not settings.agreeing or category == row["category"]
-    return row | {"classified": category, "kept": fell and right}
+def falls_for(answers, settings) -> set[str]:
+    """Ids of the prompts that the target falls for, as `red_team.keep` has it; see RedTeam."""
+    if settings.keep == "answer":
+        answers = [row for row in answers if row["kind"] == "answer"]
+    if settings.keep == "margin":
+        least = sorted(answers, key=lambda row: (row["margin"], row["id"]))
+        answers = least[: round(settings.easiest * len(least))]
+    return {row["id"] for row in answers}
 
 
 def _prompt(row: dict) -> dict:

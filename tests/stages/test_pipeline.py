@@ -15,15 +15,17 @@ import pytest
 from event_files import event_files, scalars
 from run_folders import artifacts
 
-from cai_jax.config import STAGES
+from cai_jax.config import OPTIONAL, STAGES
 from cai_jax.models import lora
 from cai_jax.models.adapters import load_adapter
 from cai_jax.models.families import flatten
 from cai_jax.models.pretrained import load_model
 
+DEFAULT = [stage for stage in STAGES if stage not in OPTIONAL]
 COMMAND = [sys.executable, "-m", "cai_jax.launch", "--config=tiny"]
 # In each stage, a file whose appearance says that the stage is under way and far from done.
 MIDDLES = {
+    "red_team": "lists-00001-of-*.jsonl",
     "critique_revision": "rows-00000-of-*.jsonl",
     "sft": "checkpoints/[0-9]",
     "preferences": "pairs-00001-of-*.jsonl",
@@ -79,7 +81,7 @@ def summary(run_dir: Path, stage: str) -> dict:
 
 def test_every_stage_leaves_its_artifacts_and_the_report_shows_them(finished):
     report = (finished / "report.html").read_text()
-    for stage in STAGES:
+    for stage in DEFAULT:
         done = json.loads((finished / stage / "done.json").read_text())
         assert {"summary.json", "fingerprint.json"} <= set(done["artifacts"])
         assert not (finished / stage / "checkpoints").exists()
@@ -92,7 +94,7 @@ def test_every_stage_leaves_its_artifacts_and_the_report_shows_them(finished):
 
 def test_a_run_killed_in_every_stage_ends_with_the_same_bytes(finished, tmp_path):
     run_dir = tmp_path / "killed"
-    for stage in MIDDLES:
+    for stage in DEFAULT:
         kill_in(stage, run_dir)
     result = launch(run_dir)
     assert result.returncode == 0, result.stderr
@@ -157,7 +159,7 @@ def test_a_finished_run_does_nothing_again(copy):
     before = {path: path.stat().st_mtime_ns for path in copy.rglob("model/*")}
     result = launch(copy)
     assert result.returncode == 0
-    assert result.stderr.count("skipped") == len(STAGES)
+    assert result.stderr.count("skipped") == len(DEFAULT)
     assert {path: path.stat().st_mtime_ns for path in copy.rglob("model/*")} == before
 
 
@@ -235,3 +237,17 @@ def test_two_runs_in_one_folder_are_refused(copy):
     finally:
         first.kill()
         first.communicate()
+
+
+def test_red_team_prompts_by_model_survive_a_kill_and_stand_in_the_report(tmp_path):
+    flags = "--stages=red_team", "--set=red_team.draws=6", "--set=red_team.rows_per_shard=2", \
+            "--set=red_team.request.max_new_tokens=24", "--set=red_team.response.max_new_tokens=8"  # fmt: skip
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    result = launch(whole, *flags)
+    assert result.returncode == 0, result.stderr
+    found = summary(whole, "red_team")
+    assert found["lists"] == 24 and found["counters"]["lists_unparsable"] > 0, "a random model writes no list"
+    assert "Red-team prompts by model" in (whole / "report.html").read_text()
+    kill_in("red_team", killed, *flags)
+    assert launch(killed, *flags).returncode == 0
+    assert_same_artifacts(whole, killed)
