@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cai_jax.config import STAGES
+from cai_jax.config import OPTIONAL, STAGES
 from cai_jax.constitution import load_constitution
 from cai_jax.errors import UserError
 
@@ -109,17 +109,22 @@ def _object(text: str) -> dict | None:
 def read_run(folder: Path) -> Run:
     """Read config, summaries, metrics and timings; rows stay on disk until asked for.
 
-    Raises UserError when `folder` is not a folder.
+    A stage that a run need not have, was not asked for and has not begun is left out. Raises UserError when `folder`
+    is not a folder.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"no run folder at {folder}: give the folder that a run has written")
     run = Run(folder)
     run.config = run._json(folder / "config.json") or {}
+    asked = run.resolved("stages")
+    wanted = asked if isinstance(asked, list) else STAGES
     for name in STAGES:
         here = folder / name
         done = (here / "done.json").exists()
         begun = here.is_dir() and any(here.iterdir())
+        if name in OPTIONAL and name not in wanted and not begun:
+            continue
         run.stages[name] = Stage(
             name=name,
             status="done" if done else "unfinished" if begun else "not run yet",

@@ -45,7 +45,7 @@ def build_page(run: Run) -> str:
         _guarded(run, "ran", "What ran, on what, for how long", lambda: overview.what_ran(run)),
         [
             _guarded(run, name, TITLES[name], lambda name=name: _stage_section(run, name, titles))
-            for name in TITLES
+            for name in run.stages
         ],
         _guarded(run, "chains", "From prompt to revision, row by row", lambda: record.chains(run, titles)),
         _guarded(run, "answers", "The three models side by side", lambda: evaluation.side_by_side(run)),
