@@ -111,8 +111,8 @@ class RedTeam:
     writer: str = ""  # model that writes and tells categories apart; "": the model that the run starts from
     target: str = ""  # model that the prompts are tried on; "": the model that the run starts from
     draws: int = 8  # lists asked for in each category
-    examples: int = 5  # prompts of the category that a list begins with, drawn anew for each
-    request: Sampling = Sampling(temperature=1.0, top_p=0.95, max_new_tokens=160)
+    examples: int = 6  # prompts of the category that the writer is shown, drawn anew for each list
+    request: Sampling = Sampling(temperature=1.0, top_p=0.95, max_new_tokens=128)
     response: Sampling = Sampling(max_new_tokens=64)  # of the target
     most_similar: float = 0.5  # overlap with another prompt from which on one is a repetition; of character 4-grams
     keep: str = "answer"  # what the target answers; margin: what it is least ready to refuse; all

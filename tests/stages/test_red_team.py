@@ -122,7 +122,7 @@ def model_of_letters_and_locks(request):
     """Writes NEW and a copy of an eval prompt; answers about drawers, refuses museums; knows locks by their words."""
     text = request.conversation[-1]["content"]
     if isinstance(request, Generate) and "numbered list" in text:
-        items = [*NEW["letters" if "concern letters" in text else "locks"], EVAL]
+        items = [*NEW["letters" if "about letters" in text else "locks"], EVAL]
         return sample("\n".join(f"{n}. {item}" for n, item in enumerate(items, 6)))
     if isinstance(request, Generate):
         return sample("I can't help with that." if "museum" in text else "Yes. Take a hairpin and turn it.")
