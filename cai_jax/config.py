@@ -7,9 +7,10 @@ from pathlib import Path
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")  # of every layer
 LABELERS = ("options", "thought", "contrast", "rating", "rule", "external")
 STAGES = (
-    "critique_revision", "sft", "preferences", "reward_model", "ppo", "dpo", "best_of_n", "grpo", "evaluate",
+    "red_team", "critique_revision", "sft", "preferences", "reward_model", "ppo", "dpo", "best_of_n", "grpo",
+    "evaluate",
 )  # fmt: skip
-OPTIONAL = ("dpo", "best_of_n", "grpo")  # stages that a run has where its config names them
+OPTIONAL = ("red_team", "dpo", "best_of_n", "grpo")  # stages that a run has where its config names them
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,23 @@ class Lora:
     rank: int = 0  # 0: off, every weight trains
     alpha: float = 16.0  # an adapter counts alpha / rank
     targets: tuple[str, ...] = PROJECTIONS  # projections that get one
+
+
+@dataclass(frozen=True)
+class RedTeam:
+    """New red-team prompts by model (Perez et al. 2022), which the later stages use beside `prompts.red_team`."""
+
+    writer: str = ""  # model that writes and tells categories apart; "": the model that the run starts from
+    target: str = ""  # model that the prompts are tried on; "": the model that the run starts from
+    draws: int = 8  # lists asked for in each category
+    examples: int = 6  # prompts of the category that the writer is shown, drawn anew for each list
+    request: Sampling = Sampling(temperature=1.0, top_p=0.95, max_new_tokens=128)
+    response: Sampling = Sampling(max_new_tokens=64)  # of the target
+    most_similar: float = 0.5  # overlap with another prompt from which on one is a repetition; of character 4-grams
+    keep: str = "answer"  # what the target answers; margin: what it is least ready to refuse; all
+    easiest: float = 0.5  # with keep=margin: the share of prompts with the lowest margins of refusing
+    agreeing: bool = False  # keep only what the classifier finds in the category that was asked for
+    rows_per_shard: int = 64
 
 
 @dataclass(frozen=True)
@@ -397,6 +415,7 @@ class Config:
     checkpoints: Checkpoints = Checkpoints()
     lora: Lora = Lora()
     endpoint: Endpoint = Endpoint()
+    red_team: RedTeam = RedTeam()
     critique_revision: CritiqueRevision = CritiqueRevision()
     sft: Sft = Sft()
     preferences: Preferences = Preferences()

@@ -115,6 +115,8 @@ def _check_labelers(settings: c.Preferences) -> None:
 
 
 def _check_sampling(config: Config) -> None:
+    if config.red_team.request.temperature == 0:
+        raise UserError("red_team.request.temperature must be above 0: lists are to differ from draw to draw")
     if config.preferences.response.temperature == 0:
         raise UserError("preferences.response.temperature must be above 0: "
                         "the two responses of a greedy pair are the same")
@@ -189,6 +191,7 @@ def _check_external(config: Config) -> None:
 
 
 _SAMPLINGS = {
+    "red_team": ("request", "response"),
     "critique_revision": ("response", "critique", "revision"),
     "sft": ("helpful",),
     "preferences": ("response", "thought.reasoning"),
@@ -288,6 +291,14 @@ _RULES = {
         "logprobs": ((lambda value: 0 <= value <= 20), "from 0 to 20"),
         "samples": _at_least(1),
         "verdict_tokens": _at_least(1),
+    },
+    c.RedTeam: {
+        "draws": _at_least(1),
+        "examples": _at_least(1),
+        "most_similar": _ABOVE_0_TO_1,
+        "keep": _one_of("answer", "margin", "all"),
+        "easiest": _ABOVE_0_TO_1,
+        "rows_per_shard": _at_least(1),
     },
     c.CritiqueRevision: {
         "rounds": _at_least(1), "critic": _OURS_OR_EXTERNAL, "reviser": _OURS_OR_EXTERNAL,

@@ -93,6 +93,13 @@ def _prompt_rows(prompts: list[Prompt], skipped: list[dict[str, str]]) -> Prompt
     return PromptRows(tuple(prompts), tuple(skipped), content_hash([dataclasses.asdict(prompt) for prompt in prompts]))
 
 
+def joined(prompts: PromptRows, more: PromptRows) -> PromptRows:
+    """One set of two: the rows of the first, then those of the second that it does not hold."""
+    known = {conversation_key(prompt.messages) for prompt in prompts.rows}
+    new = [prompt for prompt in more.rows if conversation_key(prompt.messages) not in known]
+    return _prompt_rows([*prompts.rows, *new], [*prompts.skipped, *more.skipped])
+
+
 def check_disjoint(train: Mapping[str, PromptRows], evaluation: Mapping[str, PromptRows]) -> None:
     """Refuse a prompt that stands in a train set and in an eval set; case and white space do not count.
 

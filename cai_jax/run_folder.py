@@ -157,8 +157,11 @@ class StageFolder:
 
     def write_shard(self, index: int, count: int, rows: list[dict], prefix: str = "rows") -> None:
         """Shard `index` of `count` as a JSONL file, a row a line, all of it or nothing."""
-        text = "".join(to_json(row) + "\n" for row in rows)
-        write_atomically(self.path / shard_name(index, count, prefix), text)
+        self.write_lines(shard_name(index, count, prefix), rows)
+
+    def write_lines(self, name: str, rows: list[dict]) -> None:
+        """A JSONL file of the stage, a row a line, all of it or nothing."""
+        write_atomically(self.path / name, "".join(to_json(row) + "\n" for row in rows))
 
     def write_summary(self, summary: dict) -> None:
         """summary.json: the stage's counters and results, without times."""

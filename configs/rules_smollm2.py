@@ -29,8 +29,8 @@ def config() -> c.Config:
         ),
         ppo=c.Ppo(
             policy=MODEL, updates=40, rollouts=24, epochs=1, minibatches=2, max_prompt_tokens=64, response=answer,
-            kl_coef=0.02, missing_eos_penalty=0.5, optimizer=c.Optimizer(learning_rate=1e-5, schedule="constant", eps=1e-5),
-            checkpoint_every=10,
+            kl_coef=0.02, missing_eos_penalty=0.5, checkpoint_every=10,
+            optimizer=c.Optimizer(learning_rate=1e-5, schedule="constant", eps=1e-5),
         ),
         dpo=c.Dpo(
             policy=MODEL, batch_size=16, max_length=256, held_out=0.15,

@@ -109,6 +109,30 @@ class FakeRun:
             },
         )
 
+    def red_team(self) -> None:
+        kept = [
+            {"id": f"written/privacy/0/{i}", "category": "privacy", "classified": "fraud", "kind": "answer",
+             "prompt": self.text(12)["text"]}
+            for i in range(14)
+        ]  # fmt: skip
+        self.write("red_team/prompts.jsonl", kept)
+        category = {"given": 15, "candidates": 20, "kept": 14, "refused": interval(0.1, 20)}
+        measures = {"texts": 14, "distinct_1": 0.5, "distinct_2": 0.9, "mean_similarity": 0.05}
+        measures["nearest_similarity"] = 0.21
+        self.finish(
+            "red_team",
+            {
+                "lists": 8,
+                "candidates": 20,
+                "tried": 20,
+                "kept": 14,
+                "categories": {"privacy": category, "": category | {"candidates": 0, "refused": UNKNOWN}},
+                "classifier": {"right_on_given": interval(0.53, 180), "agrees_with_request": interval(0.4, 20)},
+                "diversity": {"given": measures | {"nearest_similarity": 0.13}, "kept": measures},
+            },
+            0.0,
+        )
+
     def critique_revision(self) -> None:
         principles = [f"{name}-{i}" for name in ("weapons", "privacy", "honesty", "over_refusal") for i in range(4)]
         rows = []
@@ -484,6 +508,17 @@ def test_whole_run_has_every_section_once_and_in_order(whole):
         "bon-score",
     ):
         assert f'id="{figure}-figure_1"' in page
+
+
+def test_the_section_on_written_prompts_shows_what_became_of_them(tmp_path, no_plots):
+    run = FakeRun(tmp_path)
+    run.hostile = HOSTILE
+    _, seen = render(run.everything().folder)
+    assert "it is right in 53%" in seen.words and "asked for in 40%" in seen.words
+    assert "overlap with the most similar other prompt, mean 0.13 0.21" in seen.words
+    assert "diversity of 14 prompts each" in seen.words
+    assert seen.words.count("asked for privacy · classified as fraud") == 12, "of 14, by a hash of their ids"
+    assert "near a prompt of an eval set" in seen.words and "script" not in seen.tags
 
 
 def test_summary_shows_the_recorded_numbers(tmp_path, no_plots):

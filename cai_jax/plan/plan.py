@@ -146,6 +146,7 @@ def models_of(config: Config) -> dict[str, tuple[ModelConfig, str]]:
     base = shape_of(config.model.source)
     models = {"model.source": base}
     named = {
+        "red_team": ("writer", "target"),
         "preferences": ("policy", "judge"), "reward_model": ("start",), "evaluate": ("rl", "reward_model"),
         **{stage: ("policy", *_scoring_model(getattr(config, stage))) for stage in REINFORCED},
         "dpo": ("policy",), "best_of_n": ("policy", "reward_model"),

@@ -8,7 +8,7 @@ import jax
 from cai_jax.models import lora
 from cai_jax.plan import arithmetic
 from cai_jax.plan.arithmetic import Batch, Work
-from cai_jax.plan.programs import SCORING, TRAINING, Program, Run, float32, int32, size
+from cai_jax.plan.programs import GENERATION, SCORING, TRAINING, Program, Run, float32, int32, size
 from cai_jax.plan.sampling import Load, sampler_bytes, sampler_programs
 from cai_jax.sampler.engine import bucket
 from cai_jax.stages import dpo, grpo, ppo, reward_model, rewards, scoring, sft
@@ -20,6 +20,29 @@ from cai_jax.training.step import make_optimizer, make_schedule, make_train_step
 def programs_of(run: Run) -> list[Program]:
     """The programs of the run's stages, in their order."""
     return [program for stage in run.config.stages for program in _STAGES[stage](run)]
+
+
+WRITTEN, QUESTION_TOKENS = 5, 64  # prompts asked for in a list of red_team; tokens of a request beside its prompts
+
+
+def _red_team(run: Run) -> list[Program]:
+    settings, base = run.config.red_team, run.params(run.models["model.source"], "policy")
+    writer, target = run.models["red_team.writer"], run.models["red_team.target"]
+    given, prompt = run.workload.rows("red_team"), run.workload.tokens("red_team")
+    lists = settings.draws * run.workload.prompts["red_team"].categories
+    written, answered = settings.request.max_new_tokens, settings.response.max_new_tokens
+    shown, slots = settings.examples * prompt + QUESTION_TOKENS, run.config.sampler.rows
+    write = Load.of(slots, lists, written, shown, shown + written / 2)
+    sort = Load.of(slots, given + WRITTEN * lists, 0, prompt + QUESTION_TOKENS, prompt + QUESTION_TOKENS)
+    answer = Load.of(slots, WRITTEN * lists, answered, prompt, prompt + answered / 2)
+    programs = []
+    for model, field, load, share in (
+        (writer, "writer", write, GENERATION), (writer, "writer", sort, SCORING), (target, "target", answer, GENERATION)
+    ):  # fmt: skip
+        params = run.params(model, "policy")
+        held = size(base) + (size(params) if getattr(settings, field) else 0)
+        programs += sampler_programs(run, "red_team", model, params, held, load, share)
+    return programs
 
 
 def _critique_revision(run: Run) -> list[Program]:
@@ -335,6 +358,7 @@ def _training(run: Run, stage, objective, params, settings, steps, batch, reside
 
 
 _STAGES = {
+    "red_team": _red_team,
     "critique_revision": _critique_revision,
     "sft": _sft,
     "preferences": _preferences,

@@ -16,10 +16,11 @@ ASSUMED_PROMPTS, ASSUMED_TOKENS = 1000, 128  # of a set that is on the hub
 
 @dataclass(frozen=True)
 class PromptCount:
-    """Rows of a prompt set, and tokens of a row on average."""
+    """Rows of a prompt set, tokens of a row on average, and categories."""
 
     rows: int
     tokens: float
+    categories: int = 1
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ def workload_of(config: Config) -> Workload:
             sets[name] = PromptCount(rows, ASSUMED_TOKENS)
             assumed.append(f"prompts.{name} ({prompt_set.path}) is not read: {rows} prompts of {ASSUMED_TOKENS} tokens")
     assumed.append("every text is as long as its limit")
+    if "red_team" in config.stages:
+        assumed.append("stages after red_team have the prompts of the config alone, not those that it will write")
     constitution = load_constitution(config.constitution, config.principles)
     preambles = {
         "critique_revision": _tokens(constitution.critique_few_shots),
@@ -62,7 +65,8 @@ def workload_of(config: Config) -> Workload:
 
 def _counted(rows) -> PromptCount:
     characters = sum(len(message["content"]) for row in rows for message in row.messages)
-    return PromptCount(len(rows), characters / CHARACTERS_A_TOKEN / max(len(rows), 1))
+    categories = len({row.category for row in rows})
+    return PromptCount(len(rows), characters / CHARACTERS_A_TOKEN / max(len(rows), 1), categories)
 
 
 def _tokens(few_shots) -> int:

@@ -11,6 +11,7 @@ from cai_jax.constitution import load_constitution
 from cai_jax.errors import UserError
 
 TITLES = {
+    "red_team": "Red-team prompts by model",
     "critique_revision": "Critique and revision",
     "sft": "Supervised fine-tuning",
     "preferences": "AI preference labels",
@@ -70,6 +71,10 @@ class Run:
         """Rows of a stage, shard after shard, one in memory at a time."""
         for path in sorted((self.folder / stage).glob(f"{prefix}-*.jsonl")):
             yield from self._lines(path)
+
+    def lines(self, path: str) -> Iterator[dict]:
+        """Rows of a file of the run; none where it is not there."""
+        return self._lines(self.folder / path) if (self.folder / path).exists() else iter(())
 
     def _lines(self, path: Path) -> Iterator[dict]:
         torn = 0

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from cai_jax.report import alternatives, data_sections, evaluation, overview, record, training_sections
+from cai_jax.report import alternatives, data_sections, evaluation, overview, record, red_team, training_sections
 from cai_jax.report.artifacts import TITLES, Run, principle_titles, read_run
 from cai_jax.report.markup import Html, el, missing, section
 
@@ -11,6 +11,7 @@ from cai_jax.report.markup import Html, el, missing, section
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 _STAGE_SECTIONS = {
+    "red_team": red_team.section,
     "critique_revision": data_sections.critique_revision,
     "sft": training_sections.sft,
     "preferences": data_sections.preferences,

@@ -15,7 +15,7 @@ import jax
 import cai_jax
 from cai_jax import distributed
 from cai_jax import mesh as meshes
-from cai_jax.config import Config
+from cai_jax.config import Config, PromptSet
 from cai_jax.config_rules import REINFORCED
 from cai_jax.constitution import Constitution, load_constitution
 from cai_jax.conversation_sets import Conversations
@@ -28,12 +28,15 @@ from cai_jax.models.adapters import save_adapter
 from cai_jax.models.pretrained import Model, load_model, model_hash, save_model
 from cai_jax.overrides import flatten
 from cai_jax.progress import Progress, duration
+from cai_jax.prompt_sets import check_disjoint, joined, load_prompts
 from cai_jax.provenance import row_seed
 from cai_jax.run_folder import StageFolder, check_free_space
 from cai_jax.sampler import Sampler
 from cai_jax.sampler.cache import cache_bytes, entry_dtype
 from cai_jax.sampler.memory import check_cache_fits, gibibytes
 from cai_jax.stages.inputs import (
+    EVAL_SETS,
+    HELPERS,
     asks_endpoint,
     best_of_n_is_a_model,
     check_models,
@@ -48,6 +51,7 @@ from cai_jax.stages.rollouts import rows_of_pass
 from cai_jax.training.checkpoint import Checkpoints
 
 PROMPT_SETS = {
+    "red_team": ("red_team", "helpful", "eval_red_team", "eval_helpful", "eval_look_alike"),
     "critique_revision": ("red_team",),
     "sft": ("helpful",),
     "preferences": ("red_team", "helpful"),
@@ -80,12 +84,16 @@ class Context:
     progress: Progress
     mesh: jax.sharding.Mesh
     constitution: Constitution
-    prompts: dict
+    prompts: dict  # of the later stages: `given`, and in red_team what the stage of that name has written
     mixed: dict[str, Conversations]  # what SFT mixes in, by source
     base: Model
     endpoint: Client | None = None  # while a stage runs that asks it
     programs: set = field(default_factory=set)  # static shapes that the samplers of the stage have run
     all_programs: set = field(default_factory=set)  # the same of all stages of this command
+    given: dict = field(init=False)  # prompts as the config names them
+
+    def __post_init__(self):
+        self.given = self.prompts
 
     def folder(self, stage: str) -> StageFolder:
         """The artifacts of a stage."""
@@ -231,6 +239,8 @@ class Context:
         if self.endpoint:
             timing["endpoint"] = self.endpoint.report()
         folder.finish(timing)
+        if stage == "red_team":
+            self.take_up_written()
         gc.collect()
         self.progress.log(f"{stage}: done in {duration(seconds)}")
 
@@ -246,6 +256,15 @@ class Context:
             self.base = replace(self.base, params=None)
         elif self.base.params is None:
             self.base = self.load(self.config.model.source, "policy")
+
+    def take_up_written(self) -> None:
+        """Add the prompts that the stage red_team has written to those of the run, where it is done."""
+        folder = self.folder("red_team")
+        if folder.done() is None or not (folder.path / "prompts.jsonl").stat().st_size:
+            return
+        written = load_prompts(PromptSet(str(folder.path / "prompts.jsonl")), "red_team")
+        check_disjoint({"red_team": written}, {name: self.given[name] for name in EVAL_SETS})
+        self.prompts = self.given | {"red_team": joined(self.given["red_team"], written)}
 
     def available(self, stage: str, override: str) -> bool:
         """Whether a model of a stage is there: exported by this run, or named by the config."""
@@ -274,7 +293,7 @@ class Context:
             if (key.startswith(wanted) or key == "seed") and key != "model.source"
         }
         fingerprint |= {"input.model": self.base.hash, "input.constitution": self.constitution.hash}
-        fingerprint |= {f"input.prompts.{name}": self.prompts[name].hash for name in PROMPT_SETS[stage]}
+        fingerprint |= {f"input.prompts.{name}": self._prompts_hash(stage, name) for name in PROMPT_SETS[stage]}
         if stage == "sft":
             fingerprint |= {f"input.conversations.{source}": rows.hash for source, rows in self.mixed.items()}
         if asks_endpoint(self.config, stage):
@@ -288,11 +307,22 @@ class Context:
                 fingerprint[f"input.{source}"] = None
         if judge := judge_of(self.config, stage):
             fingerprint["input.judge"] = model_hash(judge)
+        for role in HELPERS.get(stage, ()):
+            if model := getattr(getattr(self.config, stage), role):
+                fingerprint[f"input.{role}"] = model_hash(model)
         if draws:
             best = self.config.best_of_n
             named = {"policy": best.policy, "reward_model": best.reward_model}
             fingerprint |= {f"input.best_of_n.{name}": model_hash(model) for name, model in named.items() if model}
         return fingerprint
+
+    def _prompts_hash(self, stage: str, name: str) -> str | None:
+        """What a stage's prompts are; None where the stage red_team is still to add to them."""
+        if stage == "red_team":
+            return self.given[name].hash
+        if name == "red_team" and "red_team" in self.config.stages and self.folder("red_team").done() is None:
+            return None
+        return self.prompts[name].hash
 
     def _draws_best_of_n(self) -> bool:
         """Whether the evaluation answers with the best of n draws."""
@@ -323,7 +353,8 @@ def prepare(name: str, config: Config, run_dir: Path, fresh: bool, progress: Pro
     if fresh:
         for stage in config.stages:
             context.folder(stage).discard()
-    else:
+    context.take_up_written()
+    if not fresh:
         context.check_unchanged()
     return context
 

@@ -17,6 +17,7 @@ from cai_jax.run_folder import StageFolder
 
 # The stages that each stage reads, and the config field that names a model folder in their place.
 INPUTS = {
+    "red_team": {},
     "critique_revision": {},
     "sft": {"critique_revision": ""},
     "preferences": {"sft": "policy"},
@@ -32,6 +33,7 @@ INPUTS = {
 }  # fmt: skip
 # Config fields of a stage that can name the model at the endpoint.
 ASKS = {"critique_revision": ("critic", "reviser"), "preferences": ("labelers",)}
+HELPERS = {"red_team": ("writer", "target")}  # fields that name models beside those
 COMPARES_WHAT_THERE_IS = ("evaluate",)
 # Of the models that stages leave.
 _KINDS = {
@@ -39,7 +41,7 @@ _KINDS = {
     "grpo": "policy",
 }  # fmt: skip
 _TRAIN_SETS = ("red_team", "helpful")
-_EVAL_SETS = ("eval_red_team", "eval_helpful", "eval_look_alike")
+EVAL_SETS = ("eval_red_team", "eval_helpful", "eval_look_alike")
 
 
 def sources(config: Config, stage: str) -> dict[str, str]:
@@ -87,7 +89,7 @@ def read_prompts(config: Config) -> dict[str, PromptRows]:
     def read(names):
         return with_unique_ids({name: load_prompts(getattr(config.prompts, name), name) for name in names})
 
-    train, evaluation = read(_TRAIN_SETS), read(_EVAL_SETS)
+    train, evaluation = read(_TRAIN_SETS), read(EVAL_SETS)
     check_disjoint(train, evaluation)
     return train | evaluation
 
@@ -96,7 +98,7 @@ def read_mixed(config: Config, prompts: dict[str, PromptRows]) -> dict[str, Conv
     """The sets of conversations that the SFT of this command mixes in, by their source; none without that stage."""
     if "sft" not in config.stages:
         return {}
-    evaluation = {name: prompts[name] for name in _EVAL_SETS}
+    evaluation = {name: prompts[name] for name in EVAL_SETS}
     return {s: load_conversations(s, evaluation) for s in parse_mixer(config.sft.mixer) if s not in OWN}
 
 
@@ -118,11 +120,13 @@ def check_models(config: Config, run_dir: Path) -> None:
 
     Reads configs, tokenizers and the shapes of tensors, no weights.
     """
-    for source in filter(None, (config.model.source, *(judge_of(config, stage) for stage in config.stages))):
+    named = [getattr(getattr(config, stage), role) for stage in HELPERS for role in HELPERS[stage]]
+    named += [judge_of(config, stage) for stage in config.stages]
+    for source in filter(None, (config.model.source, *named)):
         _check_apart(config, run_dir, source)
     base = check_model(config.model.source, "policy")
     _check_tokenizer(base)
-    made = {"critique_revision": None, "preferences": None, "sft": base}  # what selected stages will leave
+    made = dict.fromkeys(("red_team", "critique_revision", "preferences")) | {"sft": base}  # what stages will leave
     for stage in config.stages:
         models = {source: _input(config, run_dir, stage, source, made) for source in sources(config, stage)}
         if stage in ("reward_model", *REINFORCED, "dpo", "best_of_n"):
@@ -192,6 +196,11 @@ def _check_length(name: str, length: int, model: ModelInfo) -> None:
         )
 
 
+def _check_red_team(config: Config, base: ModelInfo, models: dict) -> None:
+    for source in filter(None, (config.red_team.writer, config.red_team.target)):
+        _check_tokenizer(check_model(source, "policy"))
+
+
 def _check_sft(config: Config, base: ModelInfo, models: dict) -> None:
     _check_length("sft.sequence_length", config.sft.sequence_length, base)
 
@@ -246,6 +255,7 @@ def _check_evaluate(config: Config, base: ModelInfo, models: dict) -> None:
 
 
 _CHECKS = {
+    "red_team": _check_red_team,
     "sft": _check_sft,
     "preferences": _check_preferences,
     "reward_model": _check_reward_model,

@@ -282,6 +282,18 @@ def test_more_contenders_take_longer_to_evaluate():
     assert steps(named) / steps(config) == pytest.approx(5 / 3)
 
 
+def test_a_plan_of_red_team_prompts_counts_lists_by_category():
+    """Twelve categories of shipped prompts, so many lists of each; the judge of categories reads the given ones too."""
+    config = dataclasses.replace(load_config("cai_7b")[1], stages=("red_team",))
+    plan = make_plan(config, H100, ARITHMETIC)
+    write, answer = [each.program for each in plan.lines if each.program.name == "decode, a step"]
+    lists = 12 * config.red_team.draws
+    batches = -(-lists // config.sampler.rows), -(-5 * lists // config.sampler.rows)
+    assert write.calls == batches[0] * config.red_team.request.max_new_tokens
+    assert answer.calls == batches[1] * config.red_team.response.max_new_tokens
+    assert any("not those that it will write" in line for line in plan.assumptions)
+
+
 def test_text_and_json_say_whose_numbers(plan):
     text = as_text("ppo_7b", plan, price=2.5)
     assert "no compiler for this chip" in text and "Nothing was run" in text and "cost" in text

@@ -32,7 +32,8 @@ MIDDLES = {
     "ppo": "checkpoints/[0-9]",
     "evaluate": "rows-base-00000-of-*.jsonl",
 }
-OTHERS = {"dpo": "checkpoints/[0-9]", "best_of_n": "checkpoints/[0-9]"}  # the same for stages that it has when asked
+# The same for stages that it has when asked.
+OTHERS = {"red_team": "lists-00001-of-*.jsonl", "dpo": "checkpoints/[0-9]", "best_of_n": "checkpoints/[0-9]"}
 
 
 def launch(run_dir: Path, *flags: str) -> subprocess.CompletedProcess:
@@ -94,7 +95,7 @@ def test_every_stage_leaves_its_artifacts_and_the_report_shows_them(finished):
 
 def test_a_run_killed_in_every_stage_ends_with_the_same_bytes(finished, tmp_path):
     run_dir = tmp_path / "killed"
-    for stage in MIDDLES:
+    for stage in DEFAULT:
         kill_in(stage, run_dir)
     result = launch(run_dir)
     assert result.returncode == 0, result.stderr
@@ -339,3 +340,17 @@ def test_an_ensemble_survives_a_kill(finished, copy, tmp_path):
     start = shutil.copytree(copy / "reward_model" / "model", tmp_path / "start")
     refused = launch(copy, "--fresh", "--stages=reward_model", f"--set=reward_model.start={start}")
     assert refused.returncode == 2 and "3 score head(s), not the 1" in refused.stderr, refused.stderr
+
+
+def test_red_team_prompts_by_model_survive_a_kill_and_stand_in_the_report(tmp_path):
+    flags = "--stages=red_team", "--set=red_team.draws=6", "--set=red_team.rows_per_shard=2", \
+            "--set=red_team.request.max_new_tokens=24", "--set=red_team.response.max_new_tokens=8"  # fmt: skip
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    result = launch(whole, *flags)
+    assert result.returncode == 0, result.stderr
+    found = summary(whole, "red_team")
+    assert found["lists"] == 24 and found["counters"]["lists_unparsable"] > 0, "a random model writes no list"
+    assert "Red-team prompts by model" in (whole / "report.html").read_text()
+    kill_in("red_team", killed, *flags)
+    assert launch(killed, *flags).returncode == 0
+    assert_same_artifacts(whole, killed)
