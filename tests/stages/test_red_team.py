@@ -14,7 +14,8 @@ from cai_jax.named_runs import load_config
 from cai_jax.overrides import apply_overrides
 from cai_jax.progress import Progress
 from cai_jax.prompt_sets import Prompt, PromptRows, load_prompts
-from cai_jax.provenance import StageFolder, row_seed
+from cai_jax.provenance import row_seed
+from cai_jax.run_folder import StageFolder
 from cai_jax.sampler import Generate, Sample
 from cai_jax.similarity import jaccard, shingles
 from cai_jax.stages import red_team
