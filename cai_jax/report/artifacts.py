@@ -13,6 +13,7 @@ from cai_jax.errors import UserError
 TITLES = {
     "critique_revision": "Critique and revision",
     "sft": "Supervised fine-tuning",
+    "judge": "Judge",
     "preferences": "AI preference labels",
     "reward_model": "Reward model",
     "ppo": "PPO",

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from cai_jax.report import data_sections, evaluation, overview, record, training_sections
+from cai_jax.report import data_sections, evaluation, judge_section, overview, record, training_sections
 from cai_jax.report.artifacts import TITLES, Run, principle_titles, read_run
 from cai_jax.report.markup import Html, el, missing, section
 
@@ -13,6 +13,7 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 _STAGE_SECTIONS = {
     "critique_revision": data_sections.critique_revision,
     "sft": training_sections.sft,
+    "judge": judge_section.judge,
     "preferences": data_sections.preferences,
     "reward_model": training_sections.reward_model,
     "ppo": training_sections.ppo,
