@@ -7,10 +7,10 @@ from pathlib import Path
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")  # of every layer
 LABELERS = ("options", "thought", "contrast", "rating", "rule", "external")
 STAGES = (
-    "red_team", "critique_revision", "sft", "preferences", "reward_model", "ppo", "dpo", "best_of_n", "grpo",
+    "red_team", "critique_revision", "sft", "judge", "preferences", "reward_model", "ppo", "dpo", "best_of_n", "grpo",
     "evaluate",
 )  # fmt: skip
-OPTIONAL = ("red_team", "dpo", "best_of_n", "grpo")  # stages that a run has where its config names them
+OPTIONAL = ("red_team", "judge", "dpo", "best_of_n", "grpo")  # stages that a run has where its config names them
 
 
 @dataclass(frozen=True)
@@ -177,6 +177,19 @@ class Sft:
     rows_per_shard: int = 64
     optimizer: Optimizer = Optimizer(learning_rate=1e-5)
     checkpoint_every: int = 50  # steps
+
+
+@dataclass(frozen=True)
+class Judge:
+    """What the labelers of `preferences` are worth on gold pairs, before their labels are spent on training."""
+
+    gold: str = ""  # a .jsonl file of gold pairs; "": the shipped one of the constitution's name
+    principles: str = "own"  # a pair is judged under its own principle, or under all
+    also: tuple[str, ...] = ()  # labelers that are measured beside those that label
+    calibrate: bool = True  # fit a temperature for each labeler, by which preferences divides its log-odds
+    pleas: int = 8  # pairs whose worse response pleads for itself in every way we know; 0: none
+    minimum_accuracy: float = 0.5  # what the lower end of the vote's 95% interval must be above
+    on_failure: str = "stop"  # stop: the run ends where it is not; continue: it goes on, and the report says so first
 
 
 @dataclass(frozen=True)
@@ -418,6 +431,7 @@ class Config:
     red_team: RedTeam = RedTeam()
     critique_revision: CritiqueRevision = CritiqueRevision()
     sft: Sft = Sft()
+    judge: Judge = Judge()
     preferences: Preferences = Preferences()
     reward_model: RewardModel = RewardModel()
     ppo: Ppo = Ppo()

@@ -20,6 +20,7 @@ def validate(config: Config) -> None:
     _check_mesh(config.mesh)
     _check_batches(config)
     _check_labelers(config.preferences)
+    _check_judge(config)
     _check_sampling(config)
     _check_lengths(config)
     _check_external(config)
@@ -104,14 +105,25 @@ def _check_batches(config: Config) -> None:
 
 def _check_labelers(settings: c.Preferences) -> None:
     names = settings.labelers
-    for name in names:
-        if name not in LABELERS:
-            raise UserError(f"preferences.labelers: there is no labeler {name!r}{did_you_mean(name, LABELERS)} "
-                            f"(there are {', '.join(LABELERS)})")
+    _check_known("preferences.labelers", names)
     if not names or len(set(names)) < len(names):
         raise UserError(f"preferences.labelers must name some of {', '.join(LABELERS)}, each once, not {names!r}")
     if settings.filters.consistent and settings.orders != "both":
         raise UserError("preferences.filters.consistent needs both orders: set preferences.orders=both")
+
+
+def _check_judge(config: Config) -> None:
+    also = config.judge.also
+    _check_known("judge.also", also)
+    if len(set(also)) < len(also) or set(also) & set(config.preferences.labelers):
+        raise UserError(f"judge.also must name labelers that preferences.labelers does not, each once, not {also!r}")
+
+
+def _check_known(field: str, names: tuple[str, ...]) -> None:
+    for name in names:
+        if name not in LABELERS:
+            raise UserError(f"{field}: there is no labeler {name!r}{did_you_mean(name, LABELERS)} "
+                            f"(there are {', '.join(LABELERS)})")
 
 
 def _check_sampling(config: Config) -> None:
@@ -311,6 +323,12 @@ _RULES = {
         "sequence_length": _at_least(2),
         "rows_per_shard": _at_least(1),
         "checkpoint_every": _at_least(1),
+    },
+    c.Judge: {
+        "principles": _one_of("own", "all"),
+        "pleas": _at_least(0),
+        "minimum_accuracy": ((lambda value: 0.5 <= value < 1), "from 0.5 to below 1"),
+        "on_failure": _one_of("stop", "continue"),
     },
     c.Thought: {"most": _ABOVE_HALF},
     c.Contrast: {"scale": _POSITIVE},

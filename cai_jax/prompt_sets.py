@@ -163,7 +163,7 @@ def _usable(
         try:
             row_id = label_of(record.get(prompt_set.id), "id") or fallback_id
             category = label_of(record.get(prompt_set.category), "category")
-            messages = _messages(record.get(prompt_set.prompt))
+            messages = messages_of_prompt(record.get(prompt_set.prompt))
             key = conversation_key(messages)
             if row_id in row_of_id:
                 raise Unusable(f"row {number} has the id of row {row_of_id[row_id]}: duplicate id")
@@ -194,7 +194,7 @@ def label_of(value: Any, field: str) -> str:
     return str(value).strip()
 
 
-def _messages(value: Any) -> tuple[dict[str, str], ...]:
+def messages_of_prompt(value: Any) -> tuple[dict[str, str], ...]:
     """Turns up to and including the last one of the user."""
     if isinstance(value, str):
         turns = _transcript_turns(value) if value.startswith("\n\nHuman:") else [("user", value)]

@@ -151,6 +151,9 @@ def models_of(config: Config) -> dict[str, tuple[ModelConfig, str]]:
         **{stage: ("policy", *_scoring_model(getattr(config, stage))) for stage in REINFORCED},
         "dpo": ("policy",), "best_of_n": ("policy", "reward_model"),
     }  # fmt: skip
+    if "judge" in config.stages:  # it asks the model that labels
+        judge = config.preferences.judge
+        models["preferences.judge"] = shape_of(judge, base[0]) if judge else base
     scorer = replace(base[0], score_heads=config.reward_model.heads), base[1]
     for stage, fields in named.items():
         for field in fields if stage in config.stages else ():

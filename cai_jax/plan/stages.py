@@ -5,6 +5,7 @@ from math import ceil
 
 import jax
 
+from cai_jax.labelers.pleading import PLEAS
 from cai_jax.models import lora
 from cai_jax.plan import arithmetic
 from cai_jax.plan.arithmetic import Batch, Work
@@ -12,7 +13,7 @@ from cai_jax.plan.programs import GENERATION, SCORING, TRAINING, Program, Run, f
 from cai_jax.plan.sampling import Load, sampler_bytes, sampler_programs
 from cai_jax.sampler.engine import bucket
 from cai_jax.stages import dpo, grpo, ppo, reward_model, rewards, scoring, sft
-from cai_jax.stages.inputs import best_of_n_is_a_model
+from cai_jax.stages.inputs import best_of_n_is_a_model, labelers_of
 from cai_jax.stages.rollouts import rows_of_pass
 from cai_jax.training.step import make_optimizer, make_schedule, make_train_step, split
 
@@ -85,7 +86,9 @@ def _preferences(run: Run) -> list[Program]:
     prompt, answer = run.workload.tokens("red_team", "helpful"), settings.response.max_new_tokens
     slots = run.config.sampler.rows
     answers = Load.of(slots, pairs, 2 * answer, prompt, prompt + answer / 2)
-    new_tokens, prefilled = _label_tokens(run, prompt, answer)
+    principles = settings.principles or run.workload.principles
+    asked = settings.labelers, 2 if settings.orders == "both" else 1, principles
+    new_tokens, prefilled = _label_tokens(run, *asked, prompt, 2 * answer)
     context = run.workload.preambles["preferences"] + prompt + 2 * answer
     labels = Load.of(slots, pairs, new_tokens, prefilled, context)
     writer, reader = run.params(policy, "policy"), run.params(judge, "policy")
@@ -96,20 +99,31 @@ def _preferences(run: Run) -> list[Program]:
     ]
 
 
-def _label_tokens(run: Run, prompt: float, answer: int) -> tuple[int, float]:
-    """What the labelers draw and what they run of a pair; principles share the pair where it stands before them."""
-    settings = run.config.preferences
-    orders, principles = 2 if settings.orders == "both" else 1, settings.principles or run.workload.principles
-    reasoning = settings.thought.reasoning.max_new_tokens
-    pair = prompt + 2 * answer
+def _judge(run: Run) -> list[Program]:
+    settings, reader = run.config.judge, run.models["preferences.judge"]
+    names, gold = labelers_of(run.config, "judge"), run.workload.gold
+    base, judge = run.params(run.models["model.source"], "policy"), run.params(reader, "policy")
+    principles = run.workload.principles if settings.principles == "all" else 1
+    new_tokens, prefilled = _label_tokens(run, names, 2, principles, 0, gold.tokens)
+    pleading = min(settings.pleas, gold.rows) * (len(PLEAS) + (1 + len(PLEAS)) * run.config.preferences.guard)
+    context = run.workload.preambles["preferences"] + gold.tokens
+    load = Load.of(run.config.sampler.rows, gold.rows + pleading, new_tokens, prefilled, context)
+    beside = size(base) + (size(judge) if run.config.preferences.judge else 0)
+    return sampler_programs(run, "judge", reader, judge, beside, load, SCORING)
+
+
+def _label_tokens(run: Run, names, orders: int, principles: int, prompt: float, answers: float) -> tuple[int, float]:
+    """What labelers draw and what they run of a pair; principles share the pair where it stands before them."""
+    reasoning = run.config.preferences.thought.reasoning.max_new_tokens
+    pair = prompt + answers
     prefilled = {
         "options": orders * pair,
         "thought": orders * (pair + principles * reasoning),
         "contrast": 2 * principles * pair,
-        "rating": 2 * (prompt + answer),
+        "rating": 2 * prompt + answers,
     }
-    new_tokens = orders * principles * reasoning if "thought" in settings.labelers else 0
-    return new_tokens, sum(prefilled.get(name, 0) for name in settings.labelers)
+    new_tokens = orders * principles * reasoning if "thought" in names else 0
+    return new_tokens, sum(prefilled.get(name, 0) for name in names)
 
 
 def _reward_model(run: Run) -> list[Program]:
@@ -361,6 +375,7 @@ _STAGES = {
     "red_team": _red_team,
     "critique_revision": _critique_revision,
     "sft": _sft,
+    "judge": _judge,
     "preferences": _preferences,
     "reward_model": _reward_model,
     "ppo": _ppo,

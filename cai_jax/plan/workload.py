@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cai_jax.config import Config, PromptSet
-from cai_jax.constitution import load_constitution
+from cai_jax.constitution import Constitution, load_constitution
+from cai_jax.gold import load_gold
 from cai_jax.prompt_sets import load_prompts
 
 CHARACTERS_A_TOKEN = 4  # of English prose, for the usual vocabularies
@@ -30,6 +31,7 @@ class Workload:
     prompts: dict[str, PromptCount]
     preambles: dict[str, int]  # tokens of the worked examples that requests begin with
     principles: int
+    gold: PromptCount  # pairs of the judge stage, a prompt with both responses
     assumptions: tuple[str, ...]
 
     def rows(self, *names: str) -> int:
@@ -60,7 +62,16 @@ def workload_of(config: Config) -> Workload:
         "critique_revision": _tokens(constitution.critique_few_shots),
         "preferences": _tokens(constitution.preference_few_shots),
     }
-    return Workload(sets, preambles, len(constitution.principles), tuple(assumed))
+    return Workload(sets, preambles, len(constitution.principles), _gold(config, constitution), tuple(assumed))
+
+
+def _gold(config: Config, constitution: Constitution) -> PromptCount:
+    if "judge" not in config.stages:
+        return PromptCount(0, 0.0)
+    pairs = load_gold(config.judge.gold, constitution).pairs
+    turns = sum(len(turn["content"]) for pair in pairs for turn in pair.messages)
+    characters = turns + sum(len(pair.response_a) + len(pair.response_b) for pair in pairs)
+    return PromptCount(len(pairs), characters / CHARACTERS_A_TOKEN / len(pairs))
 
 
 def _counted(rows) -> PromptCount:

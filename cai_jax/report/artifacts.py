@@ -14,6 +14,7 @@ TITLES = {
     "red_team": "Red-team prompts by model",
     "critique_revision": "Critique and revision",
     "sft": "Supervised fine-tuning",
+    "judge": "Judge",
     "preferences": "AI preference labels",
     "reward_model": "Reward model",
     "ppo": "PPO",

@@ -227,8 +227,8 @@ def _labelers(labelers: dict[str, dict]) -> list | None:
                 [
                     name,
                     count(found.get("opinions")),
-                    _tally(found.get("failures")),
-                    _tally(found.get("flags")),
+                    tally(found.get("failures")),
+                    tally(found.get("flags")),
                     number(found.get("temperature")),
                     percent(found.get("consistent_share")),
                     percent(found.get("first_position_share")),
@@ -239,7 +239,7 @@ def _labelers(labelers: dict[str, dict]) -> list | None:
     ]
 
 
-def _tally(counts: dict[str, int] | None) -> str:
+def tally(counts: dict[str, int] | None) -> str:
     """'too long 3, no check 1'"""
     return ", ".join(f"{name.replace('_', ' ')} {count(times)}" for name, times in (counts or {}).items()) or "none"
 

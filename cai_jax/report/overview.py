@@ -79,6 +79,7 @@ def title(run: Run) -> Html:
         el("p", "Constitutional AI in JAX · report of a run", class_="kicker"),
         el("h1", run.config.get("name") or run.folder.resolve().name),
         el("p", run.config.get("description") or "No description recorded.", class_="lead"),
+        None if verdicts.gold_passes(run) else missing(verdicts.gold(run)),
         el("p", f"Run started {moment(first)}" if first else "Date of the run: not recorded", class_="note"),
     )
 
@@ -186,6 +187,7 @@ def limits(run: Run) -> Html:
             " refusal counts as one."
         ),
         _reward_meaning(run),
+        verdicts.gold(run),
         verdicts.judge(run.stages["preferences"].summary),
         verdicts.reward_model((run.stages["reward_model"].summary or {}).get("held_out")),
         (

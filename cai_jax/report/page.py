@@ -3,7 +3,16 @@
 import os
 from pathlib import Path
 
-from cai_jax.report import alternatives, data_sections, evaluation, overview, record, red_team, training_sections
+from cai_jax.report import (
+    alternatives,
+    data_sections,
+    evaluation,
+    judge_section,
+    overview,
+    record,
+    red_team,
+    training_sections,
+)
 from cai_jax.report.artifacts import TITLES, Run, principle_titles, read_run
 from cai_jax.report.markup import Html, el, missing, section
 
@@ -14,6 +23,7 @@ _STAGE_SECTIONS = {
     "red_team": red_team.section,
     "critique_revision": data_sections.critique_revision,
     "sft": training_sections.sft,
+    "judge": judge_section.judge,
     "preferences": data_sections.preferences,
     "reward_model": training_sections.reward_model,
     "ppo": training_sections.ppo,

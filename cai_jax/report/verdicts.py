@@ -1,6 +1,7 @@
 """Sentences drawn from the numbers by rule: what went up, what is within chance, what beats a baseline."""
 
-from cai_jax.report.artifacts import MODELS, SETS
+from cai_jax import judging
+from cai_jax.report.artifacts import MODELS, SETS, Run
 from cai_jax.report.numbers import estimate, known, number, part, percent
 
 RULES = {
@@ -71,6 +72,34 @@ def sample_size(models: dict[str, dict]) -> str:
         f"With n = {n:,} prompts in a set, the 95% interval of a refusal rate is up to {100 * width:.0f}"
         " percentage points wide. A smaller difference between two models can be chance."
     )
+
+
+def gold(run: Run) -> str:
+    """Whether labels are shown to be right often enough on gold pairs, and what that meant for the run; "": unknown."""
+    summary, minimum = run.stages["judge"].summary or {}, run.resolved("judge.minimum_accuracy")
+    vote, rules = summary.get("vote") or {}, summary.get("baselines") or {}
+    numbers = [minimum, part(vote.get("accuracy"), "low"), *(rules.get(name) for name in judging.LENGTH_RULES)]
+    if not all(known(value) for value in numbers):
+        return ""
+    said = (
+        f"On gold pairs the labels of {', '.join(summary.get('voters') or [])} are right in"
+        f" {estimate(vote['accuracy'], percent)}; the lower end of that interval must be above"
+        f" {percent(judging.needed(summary, minimum))}."
+    )
+    if judging.passes(summary, minimum):
+        return f"{said} It is; by this measure they are {vote.get('worth')}."
+    if run.resolved("judge.on_failure") == "continue":
+        return (
+            f"{said} It is not, and the run went on because its config says so (judge.on_failure=continue): labels,"
+            " reward and all that was trained on them may follow nothing but noise."
+        )
+    return f"{said} It is not: the run stops before labels are spent on training."
+
+
+def gold_passes(run: Run) -> bool:
+    """Whether there is nothing to warn of: the gate was passed, or there is none."""
+    said = gold(run)
+    return not said or judging.passes(run.stages["judge"].summary, run.resolved("judge.minimum_accuracy"))
 
 
 def judge(summary: dict | None) -> str:

@@ -21,6 +21,7 @@ from cai_jax.constitution import Constitution, load_constitution
 from cai_jax.conversation_sets import Conversations
 from cai_jax.endpoint import Client, check_endpoint
 from cai_jax.errors import UserError
+from cai_jax.gold import Gold
 from cai_jax.memory import peak_memory, reset_peak_memory
 from cai_jax.metrics_log import MetricsLog
 from cai_jax.models import lora
@@ -34,6 +35,7 @@ from cai_jax.run_folder import StageFolder, check_free_space
 from cai_jax.sampler import Sampler
 from cai_jax.sampler.cache import cache_bytes, entry_dtype
 from cai_jax.sampler.memory import check_cache_fits, gibibytes
+from cai_jax.stages import judge, labelling
 from cai_jax.stages.inputs import (
     EVAL_SETS,
     HELPERS,
@@ -43,6 +45,7 @@ from cai_jax.stages.inputs import (
     check_principles,
     judge_of,
     override_of,
+    read_gold,
     read_mixed,
     read_prompts,
     sources,
@@ -54,6 +57,7 @@ PROMPT_SETS = {
     "red_team": ("red_team", "helpful", "eval_red_team", "eval_helpful", "eval_look_alike"),
     "critique_revision": ("red_team",),
     "sft": ("helpful",),
+    "judge": (),
     "preferences": ("red_team", "helpful"),
     "reward_model": (),
     "ppo": ("red_team", "helpful"),
@@ -69,8 +73,13 @@ WITHOUT_BASE = ("reward_model", "ppo", "dpo", "best_of_n", "grpo")
 # Fields of the endpoint that decide what it answers, in the stages that can ask it.
 ENDPOINT_FIELDS = {
     "critique_revision": ("base_url", "model"),
+    "judge": ("base_url", "model", "logprobs", "samples", "verdict_tokens"),
     "preferences": ("base_url", "model", "logprobs", "samples", "verdict_tokens"),
 }
+# Fields of `preferences` that decide what its labelers say.
+LABELING = ("labelers", "judge", "orders", "guard", "thought.", "contrast.", "rating.", "rule.", "rows_per_shard")
+# Fields that decide what is done about the result of a stage, not the result.
+AFTERWARDS = ("judge.minimum_accuracy", "judge.on_failure")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "datasets")
 
 
@@ -87,6 +96,7 @@ class Context:
     prompts: dict  # of the later stages: `given`, and in red_team what the stage of that name has written
     mixed: dict[str, Conversations]  # what SFT mixes in, by source
     base: Model
+    gold: Gold | None = None  # of the judge stage
     endpoint: Client | None = None  # while a stage runs that asks it
     programs: set = field(default_factory=set)  # static shapes that the samplers of the stage have run
     all_programs: set = field(default_factory=set)  # the same of all stages of this command
@@ -212,7 +222,17 @@ class Context:
         }  # fmt: skip
 
     def run_stage(self, stage: str) -> None:
-        """Run one stage, or go on with it, or find it done."""
+        """Run one stage, or go on with it, or find it done.
+
+        Raises UserError where labelers that a judge stage has measured are not good enough to label.
+        """
+        if stage == "preferences":
+            judge.check_gate(self.config, self.folder("judge"))
+        self._run_stage(stage)
+        if stage == "judge":
+            judge.check_gate(self.config, self.folder("judge"))
+
+    def _run_stage(self, stage: str) -> None:
         folder = self.folder(stage)
         begun = folder.begin(self._fingerprint(stage))
         if begun == "done":
@@ -287,15 +307,21 @@ class Context:
         draws = stage == "evaluate" and self._draws_best_of_n()
         if draws:
             wanted += ("best_of_n.",)
+        if stage == "judge":
+            wanted += tuple(f"preferences.{name}" for name in LABELING)
         fingerprint = {
             f"config.{key}": value
             for key, value in flat.items()
-            if (key.startswith(wanted) or key == "seed") and key != "model.source"
+            if (key.startswith(wanted) or key == "seed") and key not in ("model.source", *AFTERWARDS)
         }
         fingerprint |= {"input.model": self.base.hash, "input.constitution": self.constitution.hash}
         fingerprint |= {f"input.prompts.{name}": self._prompts_hash(stage, name) for name in PROMPT_SETS[stage]}
         if stage == "sft":
             fingerprint |= {f"input.conversations.{source}": rows.hash for source, rows in self.mixed.items()}
+        if stage == "judge":
+            fingerprint["input.gold"] = self.gold.hash
+        if stage == "preferences":
+            fingerprint |= self._calibration()
         if asks_endpoint(self.config, stage):
             fingerprint |= {f"config.endpoint.{name}": flat[f"endpoint.{name}"] for name in ENDPOINT_FIELDS[stage]}
         for source, override_field in sources(self.config, stage).items():
@@ -305,8 +331,8 @@ class Context:
                 fingerprint[f"input.{source}"] = done["hash"]
             elif source in self.config.stages:
                 fingerprint[f"input.{source}"] = None
-        if judge := judge_of(self.config, stage):
-            fingerprint["input.judge"] = model_hash(judge)
+        if source := judge_of(self.config, stage):
+            fingerprint["input.judge"] = model_hash(source)
         for role in HELPERS.get(stage, ()):
             if model := getattr(getattr(self.config, stage), role):
                 fingerprint[f"input.{role}"] = model_hash(model)
@@ -329,6 +355,14 @@ class Context:
         there = "best_of_n" in self.config.stages or self.folder("best_of_n").done() is not None
         return there and not best_of_n_is_a_model(self.config)
 
+    def _calibration(self) -> dict:
+        """What labels take from the judge stage: its temperatures. Nothing where there are none."""
+        done, selected = self.folder("judge").done(), "judge" in self.config.stages
+        if done is None:
+            return {"input.calibration": None} if selected and self.config.judge.calibrate else {}
+        digest = done["artifacts"].get(labelling.CALIBRATION)
+        return {"input.calibration": digest} if digest else {}
+
 
 def prepare(name: str, config: Config, run_dir: Path, fresh: bool, progress: Progress) -> Context:
     """Read and check everything that a run starts from; whatever is wrong with it is a UserError now."""
@@ -343,12 +377,13 @@ def prepare(name: str, config: Config, run_dir: Path, fresh: bool, progress: Pro
         if asked_by and (fresh or StageFolder(run_dir, stage).done() is None):
             distributed.by_first(partial(check_endpoint, config.endpoint, asked_by))
     mixed = read_mixed(config, prompts)
+    gold = read_gold(config, constitution, prompts)
     base = load_model(
         config.model.source, config.model.dtype, "policy", lambda shapes: meshes.shardings(mesh, shapes)
     )
     parameter_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(base.params))
     check_free_space(run_dir, parameter_bytes * max(_copies_on_disk(config, stage) for stage in config.stages))
-    context = Context(name, config, Path(run_dir), progress, mesh, constitution, prompts, mixed, base)
+    context = Context(name, config, Path(run_dir), progress, mesh, constitution, prompts, mixed, base, gold)
     _announce_cache(context)
     if fresh:
         for stage in config.stages:

@@ -1,6 +1,7 @@
 """The inputs of the selected stages, checked before any compute is spent and before `--fresh` throws anything away."""
 
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 
 from cai_jax.chat import encode_chat, turn_end_id
@@ -10,6 +11,7 @@ from cai_jax.constitution import Constitution, load_constitution
 from cai_jax.conversation_sets import OWN, Conversations, load_conversations, parse_mixer
 from cai_jax.endpoint import EXTERNAL
 from cai_jax.errors import UserError
+from cai_jax.gold import Gold, check_apart, load_gold
 from cai_jax.models.pretrained import ModelInfo, check_model, written_ids
 from cai_jax.prompt_sets import PromptRows, check_disjoint, load_prompts, with_unique_ids
 from cai_jax.prompts import resolve_options, resolve_ratings
@@ -20,6 +22,7 @@ INPUTS = {
     "red_team": {},
     "critique_revision": {},
     "sft": {"critique_revision": ""},
+    "judge": {},
     "preferences": {"sft": "policy"},
     "reward_model": {"preferences": "", "sft": "start"},
     "ppo": {"sft": "policy", "reward_model": "reward_model"},
@@ -31,8 +34,12 @@ INPUTS = {
         "grpo": "grpo",
     },
 }  # fmt: skip
-# Config fields of a stage that can name the model at the endpoint.
-ASKS = {"critique_revision": ("critic", "reviser"), "preferences": ("labelers",)}
+# Config fields by which a stage can ask the model at the endpoint.
+ASKS = {
+    "critique_revision": ("critique_revision.critic", "critique_revision.reviser"),
+    "judge": ("preferences.labelers", "judge.also"),
+    "preferences": ("preferences.labelers",),
+}
 HELPERS = {"red_team": ("writer", "target")}  # fields that name models beside those
 COMPARES_WHAT_THERE_IS = ("evaluate",)
 # Of the models that stages leave.
@@ -58,15 +65,22 @@ def sources(config: Config, stage: str) -> dict[str, str]:
 
 def judge_of(config: Config, stage: str) -> str:
     """The model that the config puts in the place of the base model as the judge of a stage; "": none, or no judge."""
-    if stage == "preferences" or (stage in REINFORCED and getattr(config, stage).reward == "judge"):
+    if stage in ("judge", "preferences"):
+        return config.preferences.judge
+    if stage in REINFORCED and getattr(config, stage).reward == "judge":
         return getattr(config, stage).judge
     return ""
 
 
 def asks_endpoint(config: Config, stage: str) -> str:
     """The config field by which a stage asks the model at the endpoint; "": it does not."""
-    section = getattr(config, stage)
-    return next((f"{stage}.{name}" for name in ASKS.get(stage, ()) if EXTERNAL in getattr(section, name)), "")
+    return next((name for name in ASKS.get(stage, ()) if EXTERNAL in attrgetter(name)(config)), "")
+
+
+def labelers_of(config: Config, stage: str) -> tuple[str, ...]:
+    """The names of the labelers that a stage asks, if any."""
+    also = config.judge.also if stage == "judge" else ()
+    return (*config.preferences.labelers, *also) if stage in ("judge", "preferences") else ()
 
 
 def best_of_n_is_a_model(config: Config) -> bool:
@@ -94,6 +108,15 @@ def read_prompts(config: Config) -> dict[str, PromptRows]:
     return train | evaluation
 
 
+def read_gold(config: Config, constitution: Constitution, prompts: dict[str, PromptRows]) -> Gold | None:
+    """The gold pairs of the judge stage, none without it. Raises UserError where a prompt of the run is among them."""
+    if "judge" not in config.stages:
+        return None
+    gold = load_gold(config.judge.gold, constitution)
+    check_apart(gold, prompts)
+    return gold
+
+
 def read_mixed(config: Config, prompts: dict[str, PromptRows]) -> dict[str, Conversations]:
     """The sets of conversations that the SFT of this command mixes in, by their source; none without that stage."""
     if "sft" not in config.stages:
@@ -104,15 +127,16 @@ def read_mixed(config: Config, prompts: dict[str, PromptRows]) -> dict[str, Conv
 
 def check_principles(config: Config, constitution: Constitution) -> None:
     """Raise UserError where the constitution does not give what the labelers of a selected stage need."""
+    asked = {name for stage in config.stages for name in labelers_of(config, stage)}
+    if "rule" in asked and not any(principle.check for principle in constitution.principles):
+        raise UserError(f"{constitution.path}: no principle has a check, which the labeler rule needs: write one, "
+                        "or take rule out of preferences.labelers and judge.also")
     if "preferences" not in config.stages:
         return
     count, there = config.preferences.principles, len(constitution.principles)
     if count > there:
         raise UserError(f"preferences.principles ({count}) is more than the {there} of {constitution.path}; "
                         "0 takes all")
-    if "rule" in config.preferences.labelers and not any(principle.check for principle in constitution.principles):
-        raise UserError(f"{constitution.path}: no principle has a check, which the labeler rule needs: write one, "
-                        "or take rule out of preferences.labelers")
 
 
 def check_models(config: Config, run_dir: Path) -> None:
@@ -205,12 +229,13 @@ def _check_sft(config: Config, base: ModelInfo, models: dict) -> None:
     _check_length("sft.sequence_length", config.sft.sequence_length, base)
 
 
-def _check_preferences(config: Config, base: ModelInfo, models: dict) -> None:
+def _check_labelers(stage: str, config: Config, base: ModelInfo, models: dict) -> None:
     judge = check_model(config.preferences.judge, "policy") if config.preferences.judge else base
     _check_tokenizer(judge)
-    if {"options", "thought"} & set(config.preferences.labelers):
+    names = labelers_of(config, stage)
+    if {"options", "thought"} & set(names):
         resolve_options(judge.tokenizer)
-    if "rating" in config.preferences.labelers:
+    if "rating" in names:
         resolve_ratings(judge.tokenizer)
 
 
@@ -257,7 +282,8 @@ def _check_evaluate(config: Config, base: ModelInfo, models: dict) -> None:
 _CHECKS = {
     "red_team": _check_red_team,
     "sft": _check_sft,
-    "preferences": _check_preferences,
+    "judge": partial(_check_labelers, "judge"),
+    "preferences": partial(_check_labelers, "preferences"),
     "reward_model": _check_reward_model,
     "ppo": partial(_check_rewards, "ppo"),
     "dpo": _check_dpo,

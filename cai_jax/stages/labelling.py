@@ -14,6 +14,8 @@ from cai_jax.provenance import content_hash, read_json
 from cai_jax.sampler import Sampler
 from cai_jax.stages.rows import make_rows, unfinished, watch
 
+CALIBRATION = "calibration.json"  # of the judge stage: {"labelers": {NAME: {"temperature": t}}}
+
 
 def labelers_of(context, judge: Judge) -> list[Labeler]:
     """The labelers that the config names."""
@@ -29,13 +31,14 @@ def opinions(
     pairs: Sequence[Pair],
     principles: Sequence[Sequence[Principle]],
     sampler: Sampler,
+    prefix: str = "opinions",
 ) -> list[Opinion]:
-    """What a labeler says of every pair under its principles, in one pass; kept in the shards `opinions-NAME`.
+    """What a labeler says of every pair under its principles, in one pass; kept in the shards `PREFIX-NAME`.
 
     A finished shard is read, not made again. The stage that asks is `folder.stage`; seeds come from it and from the
     ids of the pairs, which must differ.
     """
-    prefix, per_shard = f"opinions-{labeler.name}", context.config.preferences.rows_per_shard
+    prefix, per_shard = f"{prefix}-{labeler.name}", context.config.preferences.rows_per_shard
 
     def ask(item):
         pair, under = item
@@ -92,7 +95,7 @@ def draw_principles(context, stage: str, row_id: str) -> list[Principle]:
 
 def temperature_of(context, name: str) -> float:
     """What the judge stage found that a labeler's log-odds are to be divided by; 1 where it has not run."""
-    file = context.folder("judge").path / "calibration.json"
+    file = context.folder("judge").path / CALIBRATION
     return read_json(file)["labelers"].get(name, {}).get("temperature", 1.0) if file.exists() else 1.0
 
 
