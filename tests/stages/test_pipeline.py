@@ -32,6 +32,7 @@ MIDDLES = {
     "ppo": "checkpoints/[0-9]",
     "evaluate": "rows-base-00000-of-*.jsonl",
 }
+MIDDLES_OF_OPTIONAL = {"judge": "opinions-options-00001-of-*.jsonl"}
 
 
 def launch(run_dir: Path, *flags: str) -> subprocess.CompletedProcess:
@@ -65,7 +66,7 @@ def kill_in(stage: str, run_dir: Path, *flags: str) -> None:
         start_new_session=True,
     )  # fmt: skip
     deadline = time.monotonic() + 300
-    while not list((run_dir / stage).glob(MIDDLES[stage])):
+    while not list((run_dir / stage).glob((MIDDLES | MIDDLES_OF_OPTIONAL)[stage])):
         assert process.poll() is None, f"{stage} ended before its middle: {process.stderr.read().decode()}"
         assert time.monotonic() < deadline
         time.sleep(0.005)
@@ -259,3 +260,28 @@ def test_an_ensemble_goes_from_labels_to_ppo_and_survives_a_kill(finished, copy,
     start = shutil.copytree(copy / "reward_model" / "model", tmp_path / "start")
     refused = launch(copy, "--fresh", "--stages=reward_model", f"--reward_model.start={start}")
     assert refused.returncode == 2 and "3 score head(s), not the 1" in refused.stderr, refused.stderr
+
+
+def test_the_gate_stops_a_run_with_its_report_and_going_on_measures_nothing_again(copy, tmp_path):
+    judge = ("--stages=judge", "--set=judge.also=rule", "--set=judge.pleas=1")
+    stopped, killed, go_on = tmp_path / "stopped", tmp_path / "killed", "--set=judge.on_failure=continue"
+    result = launch(stopped, *judge)
+    line = result.stderr.splitlines()[-1]
+    assert result.returncode == 2 and line.startswith("error: judge: the labels of options are right on")
+    assert "--set judge.on_failure=continue" in line
+    assert "the run stops before labels are spent" in (stopped / "report.html").read_text()
+    again = launch(stopped, *judge, go_on)
+    assert again.returncode == 0 and "judge: done before, skipped" in again.stderr
+    head = (stopped / "report.html").read_text().split("What came out")[0]
+    assert "the run went on because its config says so" in head
+    kill_in("judge", killed, *judge)
+    resumed = launch(killed, *judge, go_on)
+    assert resumed.returncode == 0 and "judge: going on where it stopped" in resumed.stderr
+    assert_same_artifacts(stopped, killed)
+    # Labels that were made without the temperatures are other labels.
+    shutil.copytree(stopped / "judge", copy / "judge")
+    refused = launch(copy, "--stages=preferences", go_on)
+    assert refused.returncode == 2 and "input.calibration (absent) -> " in refused.stderr
+    assert "--fresh --stages=preferences" in refused.stderr
+    barred = launch(copy, "--stages=preferences", "--fresh")
+    assert barred.returncode == 2 and "error: judge: the labels of options are right on" in barred.stderr
