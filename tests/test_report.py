@@ -16,6 +16,7 @@ from cai_jax.errors import UserError
 from cai_jax.report import data_sections, evaluation, numbers, plots, verdicts, write_report
 from cai_jax.report.artifacts import read_run
 from cai_jax.report.markup import Html, text_block
+from cai_jax.statistics import wilson_interval
 
 HOSTILE = (
     "</style></svg></main><script>alert('x')</script> <img src=https://evil.example/a.png onerror=\"go()\"> &"
@@ -208,6 +209,35 @@ class FakeRun:
                 "packing_efficiency": 0.91,
             },
             188.0,
+        )
+
+    def judge(self, right: int = 55, counted: int = 96) -> None:
+        def of(name, **more):
+            shares = ("accuracy", "decided_accuracy", "first_order_accuracy", "same_position", "first_position",
+                      "chose_longer", "accuracy_better_longer", "accuracy_better_shorter")  # fmt: skip
+            found = {share: wilson_interval(right, counted) for share in shares}
+            return found | {"n": counted, "ties": 2, "worth": "not shown to be above chance", "votes": name != "rule",
+                            "failures": {"too_long": 3}, "temperature": 2.5, "calibration_error": 0.21,
+                            "calibration_error_after": 0.07, "categories": {"privacy": interval(0.5, 8)}} | more
+
+        alone = dict.fromkeys(("first_order_accuracy", "same_position", "first_position"))
+        plea = {"shift": interval(1.5, 8, 0.5), "flipped": interval(0.75, 4)}
+        self.finish(
+            "judge",
+            {
+                "gold": {"source": "shipped:harmless_helpful", "pairs": counted},
+                "voters": ["options"],
+                "orders": "both",
+                "labelers": {"options": of("options"), "rule": of("rule", failures={}, **alone)},
+                "vote": of("vote"),
+                "baselines": {"longer_wins": 0.5, "shorter_wins": 0.5, "refusal_wins": 0.68},
+                "pleas": [
+                    {"labeler": name, "plea": kind, "guard": guard, **plea}
+                    for name, guard in (("options", True), ("options", False), ("rule", True))
+                    for kind in ("none", "next_turn")
+                ],
+            },
+            0.0,
         )
 
     def preferences(self) -> None:
@@ -543,6 +573,42 @@ def test_labelers_agreement_and_filters_are_shown(tmp_path, no_plots):
         assert part in seen, part
 
 
+def test_the_judge_section_shows_what_was_measured(tmp_path, no_plots):
+    seen = render(FakeRun(tmp_path).everything().folder)[1].words
+    for part in ("options 57% [47%, 67%] 57% [47%, 67%] n 96 57% [47%, 67%] 2 too long 3 not shown to be above chance",
+                 "rule (measured only) 57% [47%, 67%] 57% [47%, 67%] n 96 – 2 none not shown",
+                 "vote 57% [47%, 67%]", "the response that refuses wins 68%", "options 0.210 0.070 2.50",
+                 "plea options, guard on options, guard off rule, guard on",
+                 "next turn 1.50 [1.00, 2.00]; 3 of 4 flipped", "privacy 50% [15%, 85%] n 8"):  # fmt: skip
+        assert part in seen, part
+
+
+@pytest.mark.parametrize("right, config, first, later", [
+    (80, {}, "", "It is; by this measure they are not shown"),
+    (55, {}, "It is not: the run stops before labels are spent", "It is not: the run stops"),
+    (55, {"on_failure": "continue"}, "It is not, and the run went on because its config says so", "may follow nothing"),
+    (80, {"minimum_accuracy": 0.8}, "must be above 80%. It is not", "must be above 80%"),
+])  # fmt: skip
+def test_the_first_lines_say_where_the_gate_was_not_passed(tmp_path, no_plots, right, config, first, later):
+    run = FakeRun(tmp_path).everything()
+    run.judge(right)
+    gate = {"minimum_accuracy": 0.5, "on_failure": "stop"} | config
+    run.edit("config.json", lambda content: content["config"].update(judge=gate))
+    page, seen = render(run.folder)
+    head, rest = seen.words.split("What came out", 1)
+    assert (first in head) if first else ("gold pairs" not in head)
+    assert rest.count(later) == 2, "among the limits and in the section of the judge"
+    assert "could not be drawn" not in page
+
+
+def test_a_judge_without_numbers_says_nothing(tmp_path, no_plots):
+    run = FakeRun(tmp_path).everything()
+    run.edit("config.json", lambda content: content["config"].update(judge={"minimum_accuracy": 0.5}))
+    run.judge(0, 0)
+    page, seen = render(run.folder)
+    assert "the lower end of that interval" not in seen.words and "could not be drawn" not in page
+
+
 def test_same_artifacts_give_the_same_page(whole, tmp_path):
     assert render(FakeRun(tmp_path).everything().folder)[0] == whole[0]
 
@@ -576,7 +642,7 @@ def test_hostile_texts_stay_texts(tmp_path, no_plots):
     assert page.count("&amp;lt;b&amp;gt;") > 0  # an escaped text stays escaped once more
 
 
-@pytest.mark.parametrize("stage", ["critique_revision", "preferences"])
+@pytest.mark.parametrize("stage", ["critique_revision", "judge", "preferences"])
 def test_what_an_endpoint_gave_and_took_is_told(tmp_path, no_plots, stage):
     run = FakeRun(tmp_path).everything()
     assert "endpoint" not in render(run.folder)[1].words
@@ -639,7 +705,7 @@ def test_null_numbers_show_as_dashes(tmp_path):
             else [blank(each) for each in node] if isinstance(node, list) else node
         )
 
-    for stage in ("evaluate", "reward_model", "ppo", "sft", "dpo", "best_of_n"):
+    for stage in ("evaluate", "reward_model", "ppo", "sft", "dpo", "best_of_n", "judge"):
         for path in (run.folder / stage).glob("[sm]*.json*"):
             run.write(f"{stage}/{path.name}", [blank(json.loads(line)) for line in path.read_text().splitlines()])
     for name in ("refusal", "length"):

@@ -230,6 +230,8 @@ def _check_sft(config: Config, base: ModelInfo, models: dict) -> None:
 
 
 def _check_labelers(stage: str, config: Config, base: ModelInfo, models: dict) -> None:
+    if stage == "preferences" and "judge" in config.stages:
+        return  # it asks the same model, these labelers among others
     judge = check_model(config.preferences.judge, "policy") if config.preferences.judge else base
     _check_tokenizer(judge)
     names = labelers_of(config, stage)

@@ -380,3 +380,14 @@ def test_a_mesh_that_does_not_fit_the_slice(quiet, ppo):
 
 def test_every_accelerator_has_a_name_for_its_plan():
     assert all(isinstance(chip, Accelerator) and chip.platform in ("tpu", "gpu") for chip in ACCELERATORS.values())
+
+
+def test_the_judge_stage_asks_the_model_that_labels(ppo):
+    stages = dataclasses.replace(ppo, stages=("judge",))
+    judge = make_plan(stages, H100, ARITHMETIC)
+    assert {each.program.stage for each in judge.lines} == {"judge"}
+    assert [each.program.name for each in judge.lines][-1] in ("prefill", "decode, a step")
+    more = make_plan(apply_overrides(stages, ["judge.also=contrast,rating", "judge.pleas=20"]), H100, ARITHMETIC)
+    assert more.seconds() > judge.seconds() > 0
+    other = make_plan(apply_overrides(stages, ["preferences.judge=random:llama"]), H100, ARITHMETIC)
+    assert other.seconds() < judge.seconds()

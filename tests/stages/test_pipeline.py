@@ -33,7 +33,10 @@ MIDDLES = {
     "evaluate": "rows-base-00000-of-*.jsonl",
 }
 # The same for stages that it has when asked.
-OTHERS = {"red_team": "lists-00001-of-*.jsonl", "dpo": "checkpoints/[0-9]", "best_of_n": "checkpoints/[0-9]"}
+OTHERS = {
+    "red_team": "lists-00001-of-*.jsonl", "judge": "opinions-options-00001-of-*.jsonl", "dpo": "checkpoints/[0-9]",
+    "best_of_n": "checkpoints/[0-9]",
+}  # fmt: skip
 
 
 def launch(run_dir: Path, *flags: str) -> subprocess.CompletedProcess:
@@ -354,3 +357,28 @@ def test_red_team_prompts_by_model_survive_a_kill_and_stand_in_the_report(tmp_pa
     kill_in("red_team", killed, *flags)
     assert launch(killed, *flags).returncode == 0
     assert_same_artifacts(whole, killed)
+
+
+def test_the_gate_stops_a_run_with_its_report_and_going_on_measures_nothing_again(copy, tmp_path):
+    judge = ("--stages=judge", "--set=judge.also=rule", "--set=judge.pleas=1")
+    stopped, killed, go_on = tmp_path / "stopped", tmp_path / "killed", "--set=judge.on_failure=continue"
+    result = launch(stopped, *judge)
+    line = result.stderr.splitlines()[-1]
+    assert result.returncode == 2 and line.startswith("error: judge: the labels of options are right on")
+    assert "--set judge.on_failure=continue" in line
+    assert "the run stops before labels are spent" in (stopped / "report.html").read_text()
+    again = launch(stopped, *judge, go_on)
+    assert again.returncode == 0 and "judge: done before, skipped" in again.stderr
+    head = (stopped / "report.html").read_text().split("What came out")[0]
+    assert "the run went on because its config says so" in head
+    kill_in("judge", killed, *judge)
+    resumed = launch(killed, *judge, go_on)
+    assert resumed.returncode == 0 and "judge: going on where it stopped" in resumed.stderr
+    assert_same_artifacts(stopped, killed)
+    # Labels that were made without the temperatures are other labels.
+    shutil.copytree(stopped / "judge", copy / "judge")
+    refused = launch(copy, "--stages=preferences", go_on)
+    assert refused.returncode == 2 and "input.calibration (absent) -> " in refused.stderr
+    assert "--fresh --stages=preferences" in refused.stderr
+    barred = launch(copy, "--stages=preferences", "--fresh")
+    assert barred.returncode == 2 and "error: judge: the labels of options are right on" in barred.stderr
