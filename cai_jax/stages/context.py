@@ -36,6 +36,7 @@ from cai_jax.stages.inputs import (
     asks_endpoint,
     check_models,
     check_principles,
+    is_watched,
     judge_of,
     override_of,
     read_mixed,
@@ -61,7 +62,9 @@ WITHOUT_BASE = ("reward_model", "ppo", "grpo")
 # Fields of the endpoint that decide what it answers, in the stages that can ask it.
 ENDPOINT_FIELDS = {
     "critique_revision": ("base_url", "model"),
-    "preferences": ("base_url", "model", "logprobs", "samples", "verdict_tokens"),
+    **dict.fromkeys(
+        ("preferences", *REINFORCED), ("base_url", "model", "logprobs", "samples", "verdict_tokens")
+    ),
 }
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "datasets")
 
@@ -155,10 +158,11 @@ class Context:
     def checkpoints(self, folder: StageFolder, every: int) -> Checkpoints:
         """The checkpoints of a training stage."""
         settings = self.config.checkpoints
-        return Checkpoints(folder.path / "checkpoints", every, settings.keep, settings.export == "best")
+        chooses = settings.export == "best" or (settings.export == "frontier" and folder.stage in REINFORCED)
+        return Checkpoints(folder.path / "checkpoints", every, settings.keep, chooses)
 
     def quality(self, of_state):
-        """`of_state` where the config asks for the best state of a training stage, None where for the last."""
+        """`of_state` where the config asks for the best state of a training stage, None where it asks for none."""
         return of_state if self.config.checkpoints.export == "best" else None
 
     def row_seed(self, stage: str, row_id: str, *rest) -> int:
@@ -270,6 +274,10 @@ class Context:
         fingerprint |= {f"input.prompts.{name}": self.prompts[name].hash for name in PROMPT_SETS[stage]}
         if stage == "sft":
             fingerprint |= {f"input.conversations.{source}": rows.hash for source, rows in self.mixed.items()}
+        if is_watched(self.config, stage):
+            fingerprint |= {f"config.{key}": value for key, value in flat.items() if key.startswith("monitor.")}
+            if self.config.monitor.model:
+                fingerprint["input.monitor.model"] = model_hash(self.config.monitor.model)
         if asks_endpoint(self.config, stage):
             fingerprint |= {f"config.endpoint.{name}": flat[f"endpoint.{name}"] for name in ENDPOINT_FIELDS[stage]}
         for source, override_field in sources(self.config, stage).items():
@@ -319,7 +327,7 @@ def _copies_on_disk(config: Config, stage: str) -> int:
     if config.lora.rank:
         return 2  # the states of adapters are small
     copies = 3 if stage == "ppo" and config.ppo.value_trunk == "shared" else STATE_COPIES[stage]
-    states = config.checkpoints.keep + 1 + (config.checkpoints.export == "best")
+    states = config.checkpoints.keep + 1 + (config.checkpoints.export != "last")
     return copies * states + 1
 
 
