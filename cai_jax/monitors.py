@@ -110,15 +110,17 @@ def gain(rows: list[dict], earlier: list[dict], score: str, set_name: str = "") 
     return statistics.paired_gain([now - then for _, now, then in pairs], [name for name, *_ in pairs])
 
 
-def new_boilerplate(texts: Sequence[str], reference_texts: Sequence[str]) -> set[tuple[str, ...]]:
+def new_boilerplate(texts: Sequence[str], reference_texts: Sequence[str]) -> dict[tuple[str, ...], int]:
     """Runs of GRAM words that are common across the texts and were rare across the reference's to the same prompts.
+
+    Each with the number of texts that it stands in.
 
     Common: in a tenth of the texts and in three at least. Rare: in at most a hundredth of the reference's, or in one. A
     text of fewer words is one run, so that "No." everywhere is found.
     """
     now, before = (Counter(gram for text in side for gram in set(_grams(text))) for side in (texts, reference_texts))
     common, rare = max(LEAST_COMMON, COMMON * len(texts)), max(MOST_RARE, RARE * len(reference_texts))
-    return {gram for gram, count in now.items() if count >= common and before[gram] <= rare}
+    return {gram: count for gram, count in now.items() if count >= common and before[gram] <= rare}
 
 
 def boilerplate_share(texts: Sequence[str], reference_texts: Sequence[str]) -> float:
@@ -128,7 +130,7 @@ def boilerplate_share(texts: Sequence[str], reference_texts: Sequence[str]) -> f
     return sum(shares) / len(shares) if shares else 0.0
 
 
-def _covered(text: str, new: set) -> float:
+def _covered(text: str, new: dict) -> float:
     inside, count = set(), len(words_of(text))
     for start, gram in enumerate(_grams(text)):
         if gram in new:

@@ -62,6 +62,11 @@ class Run:
         for path in sorted((self.folder / stage).glob(f"{prefix}-*.jsonl")):
             yield from self._lines(path)
 
+    def looks(self, stage: str) -> list[dict]:
+        """What the monitors of a stage saw, in the order of updates."""
+        paths = sorted((self.folder / stage / "looks").glob("update-*.json"))
+        return [look for path in paths if (look := self._json(path)) is not None]
+
     def _lines(self, path: Path) -> Iterator[dict]:
         torn = 0
         try:
