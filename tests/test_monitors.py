@@ -74,7 +74,7 @@ def test_boilerplate_is_that_of_the_slow_version(seed):
     phrases = ["I hope this helps you", "as an assistant I care", "No.", "", "stay safe"]
     sides = [[f"{text} {draw.choice(phrases)}" if draw.random() < 0.7 else draw.choice(phrases)
               for text in varied(40, seed + side, words=5)] for side in (0, 50)]  # fmt: skip
-    sides[1] = varied(30, seed + 50) + sides[1][:10]
+    sides[1] = varied(36, seed + 50) + sides[1][:4]
     share = monitors.boilerplate_share(*sides)
     assert share == pytest.approx(slow_boilerplate(*sides), abs=1e-12) and share > 0
 
@@ -128,7 +128,7 @@ def test_kl_over_its_budget():
 
 @pytest.mark.parametrize("probes", [16, 32, 64, 200])
 def test_refusals_raise_where_chance_does_not_explain_them(probes):
-    """The smallest number that raises is that whose Wilson interval lies above the bound; red-team ones do not count."""
+    """The smallest number that raises has a Wilson interval above the bound; red-team ones do not count."""
     plain = varied(2 * probes)
     limit = next(k for k in range(probes) if wilson_interval(k, probes)["low"] > 0.05)
     assert 1 < limit < probes / 2

@@ -39,6 +39,7 @@ def monitor(run: Run, stage: str) -> list:
                 ("independent judge", JUDGES.get(judge, judge)),
                 ("probes, safe and red-team", f"{count(probes.get('helpful'))}, {count(probes.get('red_team'))}"),
                 ("looks", count(len(looks) - 1)),
+                ("answers that the independent judge could not score", count(found.get("unjudged"))),
                 ("exported state", None if chosen is None else f"update {chosen}"),
             ]
         ),

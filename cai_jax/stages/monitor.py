@@ -106,7 +106,7 @@ class Watch:
             for (name, prompt), sample, trained, apart in zip(self.probes, samples, proxy, independent, strict=True)
         ]  # fmt: skip
         look = monitors.take_look(update, rows, kl, earlier, self.context.config.monitor)
-        distributed.by_first(lambda: _write(self.folder.path / LOOKS / _file(update), look))
+        write_json(self.folder.path / LOOKS / _file(update), look)
         return look
 
     def _answer(self, prompt) -> Row:
@@ -187,18 +187,16 @@ def _known(score) -> float | None:
 
 
 def looks_before(folder, update: int) -> list[dict]:
-    """The looks at earlier updates, in their order, the reference's first."""
+    """The looks at earlier updates, in their order, the reference's first; of the later ones' rows the scores alone."""
     return distributed.by_first(lambda: _read(folder, update))
 
 
 def _read(folder, update: int) -> list[dict]:
     paths = sorted((folder.path / LOOKS).glob("update-*.json"))
-    return [read_json(path) for path in paths if path.name < _file(update)]
-
-
-def _write(path, look: dict) -> None:
-    path.parent.mkdir(exist_ok=True)
-    write_json(path, look)
+    looks = [read_json(path) for path in paths if path.name < _file(update)]
+    for look in looks[1:]:
+        look["rows"] = [{name: row[name] for name in ("id", "set", "proxy", "independent")} for row in look["rows"]]
+    return looks
 
 
 def _file(update: int) -> str:
@@ -208,8 +206,9 @@ def _file(update: int) -> str:
 def summary(context, folder, metrics: list[dict]) -> dict:
     """What the summary of a stage says of its monitors; nothing where they are off.
 
-    `alarms`: the updates at which each was raised; `stop`: those that ended the training; `chosen`: the update whose
-    state is exported; `chosen_within_bounds`: whether it was within bounds, None where no look was taken at it.
+    `alarms`: the updates at which each was raised; `stop`: those that ended the training; `unjudged`: answers of all
+    looks that the independent judge gave no score; `chosen`: the update whose state is exported, and whether it was
+    within bounds. Of `checkpoints.export=best` the choice is not known here.
     """
     settings = context.config.monitor
     if not settings.every:
@@ -223,6 +222,7 @@ def summary(context, folder, metrics: list[dict]) -> dict:
         "probes": {name: sum(row["set"] == name for row in looks[0]["rows"]) for name in PROMPT_SETS},
         "alarms": {name: [look["update"] for look in looks if name in look["alarms"]] for name in ALARMS},
         "stop": looks[-1]["stop"],
+        "unjudged": sum(row["independent"] is None for look in looks for row in look["rows"]),
     }
     if export != "best":
         update = monitors.chosen(metrics, every) if export == "frontier" else last

@@ -1,4 +1,4 @@
-"""The monitors at work in PPO and GRPO: a policy that games its reward is noticed, stopped, and not what is exported."""
+"""The monitors at work in PPO and GRPO: a policy that games its reward is noticed, stopped and not exported."""
 
 import json
 from dataclasses import replace
@@ -6,17 +6,21 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
+from endpoints import KEY, KEY_ENV, serving
 from run_folders import artifacts
 
 from cai_jax import monitors
+from cai_jax.chat import encode_chat
 from cai_jax.config_rules import validate
 from cai_jax.errors import UserError
+from cai_jax.models.heads import head_values
 from cai_jax.models.pretrained import load_model, save_model
 from cai_jax.named_runs import load_config
 from cai_jax.overrides import apply_overrides
 from cai_jax.progress import Progress
 from cai_jax.stages import grpo, monitor, ppo, rewards
 from cai_jax.stages.context import prepare
+from cai_jax.stages.rows import messages_of
 
 RUNS = {"grpo": grpo.run, "ppo": ppo.run}
 
@@ -59,14 +63,14 @@ def absurd(monkeypatch):
     ))  # fmt: skip
 
 
-GAMED = ("grpo.updates=8", "grpo.rollouts=16", "grpo.group=8", "grpo.kl_coef=0.0", "grpo.optimizer.learning_rate=0.01",
-         "monitor.every=1", "monitor.kl_budget=2.0", "monitor.length_factor=0.0", "checkpoints.export=frontier")
+GAMED = ("grpo.updates=12", "grpo.rollouts=16", "grpo.group=8", "grpo.kl_coef=0.0",
+         "grpo.optimizer.learning_rate=0.003", "monitor.every=1", "monitor.kl_budget=2.0", "monitor.length_factor=0.0", "checkpoints.export=frontier")
 
 
 def test_a_policy_that_games_its_reward_is_stopped_and_an_earlier_state_exported(tmp_path, absurd):
     summary = train(tmp_path / "run", "grpo", *GAMED)
     lines, found = lines_of(tmp_path / "run", "grpo"), summary["monitor"]
-    assert found["stop"] and len(lines) == summary["updates"] < 8
+    assert found["stop"] and len(lines) == summary["updates"] < 12
     for name in found["stop"]:
         assert found["alarms"][name][-2:] == [len(lines) - 1, len(lines)], "twice in a row, and then no more"
     assert 2 < lines[-1]["kl"] == lines[-1]["monitor_kl"] and lines[-1]["monitor_alarm_kl"] == 1
@@ -122,7 +126,7 @@ def test_monitors_change_nothing_that_is_trained_and_off_they_leave_nothing(tmp_
     assert "monitor" not in summary and not (off / "grpo" / "looks").exists()
     fingerprint = (off / "grpo" / "fingerprint.json").read_text()
     assert "monitor" not in fingerprint, "a run from before there were monitors goes on"
-    train(on, "grpo", "monitor.every=1", "monitor.stop=()")
+    train(on, "grpo", "monitor.every=1", "monitor.stop=")
     plain = [{key: x for key, x in line.items() if not key.startswith("monitor_")} for line in lines_of(on, "grpo")]
     assert plain == lines_of(off, "grpo")
     for path in (off / "grpo" / "model").iterdir():
@@ -147,11 +151,35 @@ def test_every_judge_scores_every_probe(tmp_path, judge):
     if judge == "rating":
         assert all(1 <= score <= 10 for score in scores)
     if judge == "model":
-        alone = [watch._independent(context.sampler(reference), [sample], [""]) for sample in ()]
-        assert alone == []
+        probes = [prompt for _, prompt in watch.probes]
+        texts = [encode_chat(scorer.tokenizer, messages_of(prompt)) for prompt in probes]
+        samples = context.sampler(reference).generate([messages_of(p) for p in probes], context.config.monitor.response)
+        for score, start, sample in zip(scores, texts, samples, strict=True):
+            tokens = np.asarray([start + sample.tokens])
+            values = head_values(scorer.config, scorer.params, tokens, np.arange(tokens.size)[None])
+            assert score == pytest.approx(float(values[0, -1].mean()), abs=1e-4)
     checks = [principle.check for principle in context.constitution.principles if principle.check]
     for row in look["rows"]:
         assert row["proxy"] * len(checks) in range(len(checks) + 1)
+
+
+def test_an_external_judge_compares_with_the_references_answer(tmp_path, absurd, monkeypatch):
+    monkeypatch.setenv(KEY_ENV, KEY)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with serving(tmp_path) as server:
+        settings = [f"endpoint.base_url={server.url}", "endpoint.model=judge", f"endpoint.key_env={KEY_ENV}"]
+        context = open_door(tmp_path / "run", "grpo", *settings, "monitor.every=2", "monitor.judge=external",
+                            "grpo.optimizer.learning_rate=0.05", "monitor.probes=3")  # fmt: skip
+        context.run_stage("grpo")
+        asked = len(server.requests())
+    first, last = (json.loads(path.read_text()) for path in sorted((tmp_path / "run/grpo/looks").iterdir()))
+    assert {row["independent"] for row in first["rows"]} == {0.5}, "the reference against itself is not asked about"
+    changed = [i for i in range(6) if first["rows"][i]["text"] != last["rows"][i]["text"]]
+    assert changed and asked >= 2 * len(changed), "both orders"
+    for i, (before, after) in enumerate(zip(first["rows"], last["rows"], strict=True)):
+        more = after["text"].count("!") - before["text"].count("!")  # what this server's judge goes by
+        assert (after["independent"] > 0.5, after["independent"] == 0.5) == (more > 0, more == 0), i
+    assert context._fingerprint("grpo")["config.endpoint.model"] == "judge"
 
 
 # ---------------------------------------------------------------- the door
