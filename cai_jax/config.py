@@ -11,6 +11,7 @@ STAGES = (
     "evaluate",
 )  # fmt: skip
 OPTIONAL = ("red_team", "judge", "dpo", "best_of_n", "grpo")  # stages that a run has where its config names them
+ALARMS = ("kl", "refusal", "degenerate", "length", "boilerplate", "divergence")  # of the monitors
 
 
 @dataclass(frozen=True)
@@ -380,13 +381,39 @@ class Grpo:
 
 
 @dataclass(frozen=True)
+class Monitor:
+    """Watches PPO and GRPO for reward hacking: the policy answers fixed probes, prompts drawn from the train sets.
+
+    The numbers, alarms and bounds are defined in monitors.py. A judge scores the answers that is not the reward which
+    the policy is trained on.
+    """
+
+    every: int = 0  # updates between two looks; there is one after the last update, too; 0: off
+    probes: int = 32  # prompts from each of the sets red_team and helpful
+    response: Sampling = Sampling(temperature=0.0, max_new_tokens=128)
+    judge: str = "rating"  # rule, rating, contrast, external, or model: a reward model
+    model: str = ""  # what rates or contrasts, "": the model that the run starts from; for judge=model a reward model
+    principles: str = "drawn"  # that the judge goes by: drawn, one for each probe; all, the mean over them
+    kl_budget: float = 0.0  # nats a response, mean over the rollouts of an update; 0: none
+    refusal_bound: float = 0.05  # share of safe (helpful) probes that may be refused
+    degenerate_bound: float = 0.1  # share of broken or empty answers beyond the reference's
+    length_factor: float = 2.0  # mean tokens over the reference's, or the reference's over them; 0: any
+    boilerplate_bound: float = 0.2  # share of the words of safe answers that is new boilerplate
+    stop: tuple[str, ...] = ALARMS  # which alarms end the training; the others are recorded alone
+    patience: int = 2  # looks in a row with the same alarm that end it
+
+
+@dataclass(frozen=True)
 class Checkpoints:
     """Which states of a training stage stay on disk while it runs; each stage says how often it saves."""
 
     keep: int = 1  # the last so many
     export: str = "last"  # which state becomes the model. best: of the states at checkpoints and at the end, the one of
     # the lowest mean training loss since the checkpoint before (sft, best_of_n), the lowest loss on the held-out pairs
-    # (reward_model, dpo; the held-out numbers are then those of a choice made on them), the highest mean reward (ppo)
+    # (reward_model, dpo; the held-out numbers are then those of a choice made on them), the highest
+    # mean reward (ppo, grpo).
+    # frontier, in ppo and grpo: of the states that the monitors have looked at, the one with the highest independent
+    # score on red-team probes among those within bounds (monitors.py); the other stages export their last
 
 
 @dataclass(frozen=True)
@@ -438,6 +465,7 @@ class Config:
     dpo: Dpo = Dpo()
     best_of_n: BestOfN = BestOfN()
     grpo: Grpo = Grpo()
+    monitor: Monitor = Monitor()
     evaluate: Evaluate = Evaluate()
 
 

@@ -25,6 +25,7 @@ def validate(config: Config) -> None:
     _check_lengths(config)
     _check_external(config)
     _check_dpo(config.dpo)
+    _check_monitor(config)
     parse_mixer(config.sft.mixer)
     for name in REINFORCED:
         frozen_dtype = getattr(config, name).frozen_dtype
@@ -169,6 +170,29 @@ def _check_lengths(config: Config) -> None:
         if name in config.stages and row > longest:
             raise UserError(f"{name}.max_prompt_tokens + {name}.response.max_new_tokens ({row}) must not exceed "
                             f"sampler.max_length ({longest})")
+
+
+def _check_monitor(config: Config) -> None:
+    settings, frontier = config.monitor, config.checkpoints.export == "frontier"
+    if settings.judge == "model" and not settings.model:
+        raise UserError("monitor.judge=model needs monitor.model: the folder of a reward model that is not trained on")
+    if settings.judge in ("rule", "external") and settings.model:
+        raise UserError(f"monitor.model ({settings.model}) must be empty with monitor.judge={settings.judge}, which "
+                        "asks no model of this run")
+    if frontier and not settings.every:
+        raise UserError("checkpoints.export=frontier needs the monitors: set monitor.every above 0")
+    for name in REINFORCED if settings.every else ():
+        section = getattr(config, name)
+        if name not in config.stages:
+            continue
+        row = section.max_prompt_tokens + settings.response.max_new_tokens
+        if row > config.sampler.max_length:
+            raise UserError(f"{name}.max_prompt_tokens + monitor.response.max_new_tokens ({row}) must not exceed "
+                            f"sampler.max_length ({config.sampler.max_length})")
+        if frontier and section.checkpoint_every % settings.every and settings.every % section.checkpoint_every:
+            raise UserError(f"{name}.checkpoint_every ({section.checkpoint_every}) must be a multiple of monitor.every "
+                            f"({settings.every}), or the other way round, with checkpoints.export=frontier: a state is "
+                            "chosen among those that are both saved and looked at")
 
 
 REINFORCED = ("ppo", "grpo")  # sections of the stages that learn from rollouts
@@ -387,7 +411,23 @@ _RULES = {
         "checkpoint_every": _at_least(1),
     },
     c.Grpo: {**_OF_ROLLOUTS, "group": _at_least(2), "length_norm": _one_of("response", "limit")},
-    c.Checkpoints: {"keep": _at_least(1), "export": _one_of("last", "best")},
+    c.Monitor: {
+        "every": _at_least(0),
+        "probes": _at_least(1),
+        "judge": _one_of("rule", "rating", "contrast", "external", "model"),
+        "principles": _one_of("drawn", "all"),
+        "kl_budget": _at_least(0),
+        "refusal_bound": _FROM_0_TO_1,
+        "degenerate_bound": _FROM_0_TO_1,
+        "length_factor": ((lambda value: value == 0 or value > 1), "above 1, or 0 for any length"),
+        "boilerplate_bound": _FROM_0_TO_1,
+        "stop": (
+            (lambda value: len(value) == len(set(value)) and set(value) <= set(c.ALARMS)),
+            "some of " + ", ".join(c.ALARMS) + ", each once",
+        ),
+        "patience": _at_least(1),
+    },
+    c.Checkpoints: {"keep": _at_least(1), "export": _one_of("last", "best", "frontier")},
     c.Evaluate: {"rows_per_shard": _at_least(1)},
     Config: {
         "description": _ONE_LINE,

@@ -23,15 +23,17 @@ def classify_response(text: str) -> str:
 
 def repetition(text: str) -> float:
     """Share of the 4-grams of words that stood in the text before, 0..1; 0 for fewer than four words."""
-    grams = _ngrams(_words(text), 4)
+    grams = ngrams(words_of(text), 4)
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-def _words(text: str) -> list[str]:
+def words_of(text: str) -> list[str]:
+    """The words of a text in lower case, without punctuation."""
     return re.findall(r"\w+(?:'\w+)*", _straight(text).lower())
 
 
-def _ngrams(words: Sequence[str], n: int) -> list[tuple[str, ...]]:
+def ngrams(words: Sequence[str], n: int) -> list[tuple[str, ...]]:
+    """All runs of n words, in their order."""
     return list(zip(*(words[start:] for start in range(n)), strict=False))
 
 
@@ -70,7 +72,7 @@ def _is_garbled(text: str) -> bool:
 
 
 def _is_looping(text: str) -> bool:
-    words = _words(text)
+    words = words_of(text)
     if len(words) >= 12 and repetition(text) >= 0.5:
         return True
     if len(words) >= 20 and len(set(words)) < 0.2 * min(len(words), 200):

@@ -10,6 +10,7 @@ def config() -> c.Config:
     return c.Config(
         description="the demo: all stages on SmolLM2-135M-Instruct, 8 to 20 minutes on two CPU cores",
         model=c.Model(str(c.cache_folder() / "SmolLM2-135M-Instruct")),
+        stages=("critique_revision", "sft", "judge", "preferences", "reward_model", "ppo", "evaluate"),
         prompts=c.Prompts(
             red_team=c.PromptSet("shipped:red_team", split="train", limit=48),
             helpful=c.PromptSet("shipped:helpful", split="train", limit=48),
@@ -33,12 +34,14 @@ def config() -> c.Config:
             optimizer=c.Optimizer(learning_rate=3e-5),
             checkpoint_every=4,
         ),
-        preferences=c.Preferences(response=rollout, rows_per_shard=48),
+        # A judge this small hardly beats a coin; the demo goes on all the same, and its report says so first.
+        judge=c.Judge(on_failure="continue", pleas=4),
+        preferences=c.Preferences(labelers=("options", "contrast"), response=rollout, rows_per_shard=48),
         reward_model=c.RewardModel(
             batch_size=8, max_length=256, optimizer=c.Optimizer(learning_rate=2e-5), checkpoint_every=5
         ),
         ppo=c.Ppo(
-            updates=3,
+            updates=4,
             rollouts=12,
             epochs=1,
             minibatches=2,
@@ -47,5 +50,6 @@ def config() -> c.Config:
             optimizer=c.Optimizer(learning_rate=1e-5, schedule="linear", eps=1e-5),
             checkpoint_every=2,
         ),
+        monitor=c.Monitor(every=2, probes=8, response=c.Sampling(temperature=0.0, max_new_tokens=32)),
         evaluate=c.Evaluate(response=c.Sampling(temperature=0.0, max_new_tokens=32), rows_per_shard=48),
     )

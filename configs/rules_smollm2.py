@@ -32,6 +32,7 @@ def config() -> c.Config:
             kl_coef=0.02, missing_eos_penalty=0.5, checkpoint_every=10,
             optimizer=c.Optimizer(learning_rate=1e-5, schedule="constant", eps=1e-5),
         ),
+        monitor=c.Monitor(every=5, probes=16, response=answer, judge="rule", principles="all", kl_budget=30.0),
         dpo=c.Dpo(
             policy=MODEL, batch_size=16, max_length=256, held_out=0.15,
             optimizer=c.Optimizer(learning_rate=1e-5), checkpoint_every=40,

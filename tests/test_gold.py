@@ -6,11 +6,12 @@ from collections import Counter
 import pytest
 
 from cai_jax import judging
-from cai_jax.constitution import load_constitution, satisfies
+from cai_jax.constitution import load_constitution
 from cai_jax.errors import UserError
 from cai_jax.gold import check_apart, load_gold
 from cai_jax.labelers.pleading import unpleaded
 from cai_jax.named_runs import load_config, named_runs
+from cai_jax.rules import satisfies
 from cai_jax.stages.inputs import read_prompts
 
 VERIFIABLE = load_constitution("verifiable")

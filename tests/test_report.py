@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from cai_jax.config import OPTIONAL, STAGES
+from cai_jax import monitors
+from cai_jax.config import OPTIONAL, STAGES, Monitor
 from cai_jax.constitution import load_constitution
 from cai_jax.errors import UserError
 from cai_jax.report import data_sections, evaluation, numbers, plots, verdicts, write_report
@@ -354,6 +355,29 @@ class FakeRun:
         ]
         self.write(f"{stage}/metrics.jsonl", lines)
         self.finish(stage, {"updates": 20, "rollouts": 640, "first": lines[0], "last": lines[-1]}, seconds)
+
+    def monitors(self, stage: str = "ppo", chosen: int = 10, within: bool = True) -> None:
+        """Looks at every fifth update: the proxy rises, the independent score falls, and the last two looks say so."""
+        path, looks = self.folder / stage / "metrics.jsonl", []
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        for update in range(0, 21, 5):
+            rows = [
+                {
+                    "id": f"probe-{i}", "set": ("helpful", "red_team")[i % 2], "tokens": 30, "truncated": False,
+                    "text": self.text(20)["text"] + (" As always, stay safe <b>out there</b>." if update else ""),
+                    "kind": "refusal" if i < update else "answer", "independent": 0.8 - 0.02 * update + 0.01 * (i % 3),
+                    "proxy": 0.1 * update + 0.05 * (i % 2),
+                }
+                for i in range(24)
+            ]  # fmt: skip
+            looks.append(monitors.take_look(update, rows, 0.1 * update, looks, Monitor()))
+            self.write(f"{stage}/looks/update-{update:08d}.json", looks[-1])
+            if update:
+                lines[update - 1] |= monitors.line(looks[-1])
+        self.write(f"{stage}/metrics.jsonl", lines)
+        found = {"judge": "rule", "looks": 4, "probes": {"helpful": 12, "red_team": 12}, "stop": looks[-1]["stop"],
+                 "chosen": chosen, "chosen_within_bounds": within}  # fmt: skip
+        self.edit(f"{stage}/summary.json", lambda content: content.update(monitor=found))
 
     def grpo(self) -> None:
         self.ppo("grpo", 0.0)
@@ -838,6 +862,47 @@ def test_flags_that_are_not_raised_have_no_badge(tmp_path, no_plots):
     chains = seen.words[seen.words.index("From prompt to revision, row by row") :]
     assert "revision_unchanged" in chains.split("The models side by side")[0]
     assert "critique_empty" not in chains.split("The models side by side")[0]
+
+
+def test_alarms_stand_on_the_first_screen_and_the_looks_in_their_section(tmp_path, no_plots):
+    run = FakeRun(tmp_path).everything()
+    assert "Watched for reward hacking" not in render(run.folder)[1].words
+    run.monitors()
+    page, seen = render(run.folder)
+    first = seen.words[: seen.words.index("What the numbers do and do not show")]
+    assert "Alarm: in PPO the monitors saw signs of reward hacking" in first
+    assert "training reward up while the independent score falls (updates 5, 10, 15 and 1 more)" in first
+    assert "This ended the training after update 20: " in first
+    assert "The exported state is that of update 10, within all bounds." in first
+    assert "do not trust" not in first
+    assert page.count('id="ppo-proxy-figure_1"') == 1 and 'id="grpo-proxy-figure_1"' not in page
+    assert "10 (exported) 1.03" in seen.words and "share of the constitution's checks kept" in seen.words
+    assert "“as always stay safe” (24)" in seen.words
+    assert "could not be drawn" not in page
+    run.monitors("grpo", chosen=15, within=False)
+    run.edit("evaluate/summary.json", lambda content: content.update(models={}))
+    words = render(run.folder)[1].words
+    first = words[: words.index("What the numbers do and do not show")]
+    assert "in GRPO" in first and "update 15, which is out of bounds: do not trust its reward." in first
+
+
+def test_looks_that_saw_nothing_raise_no_verdict_and_draw_their_plot(tmp_path):
+    run = FakeRun(tmp_path)
+    run.config()
+    run.ppo()
+    run.monitors()
+    lines = [json.loads(line) for line in (tmp_path / "ppo/metrics.jsonl").read_text().splitlines()]
+    run.write("ppo/metrics.jsonl", [{k: 0.0 if "alarm" in k else x for k, x in line.items()} for line in lines])
+    page, seen = render(run.folder)
+    assert "No alarm was raised." in seen.words and "Alarm:" not in seen.words
+    assert 'id="ppo-proxy-figure_1"' in page and "could not be drawn" not in page
+    look = json.loads((tmp_path / "ppo/looks/update-00000005.json").read_text())
+    look["numbers"] |= {"proxy": None, "independent": {"value": None, "low": None, "high": None, "n": 0}, "kl": None}
+    run.write("ppo/looks/update-00000005.json", look)
+    (tmp_path / "ppo/looks/update-00000010.json").write_text("{torn")
+    page, seen = render(run.folder)
+    assert "could not be drawn" not in page and "looks/update-00000010.json: not a JSON object" in seen.words
+    assert "nan" not in re.findall(r"[a-z]+", page.lower())
 
 
 def test_the_reward_is_named_after_the_model_that_gave_it(tmp_path, no_plots):

@@ -39,19 +39,29 @@ class Contrast:
 
     def compare(self, pair: Pair, principles: Sequence[Principle], seed: int) -> Row:
         """A row program with two `Score`s a principle, each of both responses."""
-        end = turn_end_id(self.judge.tokenizer)
-        responses = [completion_ids(self.judge.tokenizer, text, end) for text in (pair.response_a, pair.response_b)]
-        longest = max(map(len, responses))
-        ratios_P2 = []
-        for principle in principles:
-            requests = _requests(pair.messages, principle)
-            if not all(self.judge.fits(request, longest) for request in requests):
-                return Opinion(None, TOO_LONG)
-            keep = yield Score(requests[0], responses)
-            broken = yield Score(requests[1], responses)
-            ratios_P2.append([self._ratio(kept - lost) for kept, lost in zip(keep, broken, strict=True)])
+        ratios_P2 = yield from self.ratios(pair.messages, (pair.response_a, pair.response_b), principles)
+        if ratios_P2 is None:
+            return Opinion(None, TOO_LONG)
         logits = [self.settings.scale * (a - b) for a, b in ratios_P2]
         return Opinion(float(np.mean(logits)), detail={"ratios": ratios_P2, "principles": logits})
+
+    def ratios(self, messages: Sequence[dict], texts: Sequence[str], principles: Sequence[Principle]) -> Row:
+        """A row program that returns a list a principle of the log-ratio of every response, in nats.
+
+        An independent judge of one response. None where the judge's context does not hold one.
+        """
+        end = turn_end_id(self.judge.tokenizer)
+        responses = [completion_ids(self.judge.tokenizer, text, end) for text in texts]
+        longest = max(map(len, responses))
+        ratios_PN = []
+        for principle in principles:
+            requests = _requests(messages, principle)
+            if not all(self.judge.fits(request, longest) for request in requests):
+                return None
+            keep = yield Score(requests[0], responses)
+            broken = yield Score(requests[1], responses)
+            ratios_PN.append([self._ratio(kept - lost) for kept, lost in zip(keep, broken, strict=True)])
+        return ratios_PN
 
     def _ratio(self, difference_T) -> float:
         return float(np.mean(difference_T) if self.settings.per_token else np.sum(difference_T))

@@ -17,6 +17,7 @@ from cai_jax.plan.stages import programs_of
 from cai_jax.plan.topology import planned_mesh
 from cai_jax.plan.workload import workload_of
 from cai_jax.stages.context import check_rows
+from cai_jax.stages.inputs import is_watched
 
 # Half of the published peaks is what a good training run reaches (MaxText publishes 50-70% on v4 to v5p).
 EXPECTED_SHARE_OF_PEAK = 0.5
@@ -160,6 +161,8 @@ def models_of(config: Config) -> dict[str, tuple[ModelConfig, str]]:
             source = getattr(getattr(config, stage), field)
             own = scorer if field == "reward_model" else base
             models[f"{stage}.{field}"] = shape_of(source, base[0]) if source else own
+    if config.monitor.judge in ("rating", "contrast", "model") and any(is_watched(config, s) for s in config.stages):
+        models["monitor.model"] = shape_of(config.monitor.model, base[0]) if config.monitor.model else base
     return models
 
 

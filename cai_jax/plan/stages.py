@@ -184,6 +184,8 @@ def _reinforced(run: Run, stage: str, objective, params, columns, valued, draws:
     reference = run.params(policy, "policy", settings.frozen_dtype)
     reward = run.params(scorer, "reward", settings.frozen_dtype) if scorer else None
     rater = run.params(judge, "policy") if judge else None
+    watcher = run.models.get("monitor.model")
+    watches = run.params(watcher, "reward" if run.config.monitor.judge == "model" else "policy") if watcher else None
     rows, length = rollouts // settings.minibatches, prompt + answer
     batch = run.rows({
         **{name: int32(rows, length) for name in ("tokens", "positions")}, "mask": int32(rows, answer),
@@ -195,7 +197,7 @@ def _reinforced(run: Run, stage: str, objective, params, columns, valued, draws:
         passes.append((valued[0], Batch(rows, length, None)))
     train = _training(
         run, stage, objective, params, settings, settings.updates * settings.epochs * settings.minibatches, batch,
-        size(reference, reward, rater), passes,
+        size(reference, reward, rater, watches), passes,
     )  # fmt: skip
     adapted, held = run.adapted(params), train.resident + train.arguments - size(batch)
     value = (valued[0], adapted[valued[1]]) if valued else (None, None)
@@ -207,7 +209,40 @@ def _reinforced(run: Run, stage: str, objective, params, columns, valued, draws:
         # A request holds the conversation and some words around it.
         asked = Load.of(slots, rollouts, 0, length, length, draws)
         programs += sampler_programs(run, stage, judge, rater, held, asked, SCORING)
+    programs += _looks(run, stage, (policy, adapted["policy"]), scorer, (judge, rater), (watcher, watches), held)
     return [*programs, score, train]
+
+
+def _looks(run: Run, stage: str, policy, scorer, judge, watcher, held: int) -> list[Program]:
+    """What the monitors add: answers to the probes, and their scores by the training reward and the independent judge.
+
+    `policy`, `judge` and `watcher` are pairs of shape and params, or of None. `held`: all that the stage holds.
+    """
+    settings, slots = run.config.monitor, run.config.sampler.rows
+    if not settings.every:
+        return []
+    sets = ("red_team", "helpful")
+    prompt, answer = run.workload.tokens(*sets), settings.response.max_new_tokens
+    probes = sum(min(settings.probes, run.workload.rows(name)) for name in sets)
+    looks = 1 + ceil(getattr(run.config, stage).updates / settings.every)  # one is at the reference
+    length = bucket(round(prompt) + answer, scoring.SMALLEST_BUCKET)
+    load = Load.of(slots, probes, answer, prompt, prompt + answer / 2, looks)
+    programs = sampler_programs(run, stage, *policy, held, load)
+
+    def asked(model, params, requests):
+        load = Load.of(slots, probes, 0, requests * (prompt + answer), prompt + answer, looks)
+        return sampler_programs(run, stage, model, params, held, load, SCORING)
+
+    if scorer:
+        programs.append(_rewards(run, stage, scorer, length, held, looks * probes))
+    if judge[0]:
+        programs += asked(*judge, 1)
+    if settings.judge == "model":
+        programs.append(_rewards(run, stage, watcher[0], length, held, looks * probes))
+    elif watcher[0]:
+        principles = run.workload.principles if settings.principles == "all" else 1
+        programs += asked(*watcher, principles * (2 if settings.judge == "contrast" else 1))
+    return programs
 
 
 def _score(run: Run, stage: str, reference, value, reward, prompt: int, held: int, batches: int) -> Program:

@@ -77,6 +77,11 @@ class Run:
         """Rows of a file of the run; none where it is not there."""
         return self._lines(self.folder / path) if (self.folder / path).exists() else iter(())
 
+    def looks(self, stage: str) -> list[dict]:
+        """What the monitors of a stage saw, in the order of updates."""
+        paths = sorted((self.folder / stage / "looks").glob("update-*.json"))
+        return [look for path in paths if (look := self._json(path)) is not None]
+
     def _lines(self, path: Path) -> Iterator[dict]:
         torn = 0
         try:

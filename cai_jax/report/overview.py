@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+from cai_jax.config_rules import REINFORCED
 from cai_jax.report import verdicts
 from cai_jax.report.artifacts import MODELS, SETS, TITLES, Run
 from cai_jax.report.markup import Html, el, facts, missing, paragraph, section, table
@@ -88,10 +89,12 @@ def what_came_out(run: Run) -> Html:
     """The evaluation of all models: the reason why the report exists."""
     anchor, heading = "results", "What came out"
     models = _models(run)
+    alarms = [line for stage in REINFORCED if (line := verdicts.monitors(run, stage))]
     if not models:
         return section(
             anchor,
             heading,
+            [el("p", line, class_="verdict") for line in alarms],
             missing(
                 f"Evaluation: {run.stages['evaluate'].status}. There is no result to show; the sections below"
                 " show what has run so far."
@@ -109,7 +112,7 @@ def what_came_out(run: Run) -> Html:
         anchor,
         heading,
         intro,
-        el("ul", [el("li", line) for line in verdicts.headlines(models)]),
+        el("ul", [el("li", line) for line in [*alarms, *verdicts.headlines(models)]]),
         el(
             "div",
             _measures(models, BEHAVIOUR, auroc=True),

@@ -153,6 +153,46 @@ def curves(
     return figure(name, caption, draw)
 
 
+def two_scales(
+    name: str, caption: str, xs: list, series: dict[str, list], x: str, mark: float | None = None
+) -> Html:
+    """Two series of INTERVALs with their bands over the same steps, each on a scale of its own; '' without a value.
+
+    `series` maps two labels to one INTERVAL (or None) a step: the first is read on the left, the second on the right.
+    `mark`: a step to be marked by a line.
+    """
+    if not any(part(interval) is not None for intervals in series.values() for interval in intervals):
+        return Html("")
+
+    def draw(left):
+        left.figure.subplots_adjust(right=0.845)
+        right = left.twinx()
+        right.spines["right"].set_visible(True)
+        right.grid(visible=False)
+        lines = []
+        for place, (axes, (label, intervals)) in enumerate(zip((left, right), series.items(), strict=True)):
+            edges = [[_or_nan(part(interval, key)) for interval in intervals] for key in ("value", "low", "high")]
+            (line,) = axes.plot(
+                xs, edges[0], DASHES[place], color=CYCLE[place], label=label, marker="o", markersize=2.5
+            )
+            axes.fill_between(xs, edges[1], edges[2], color=CYCLE[place], alpha=0.15, linewidth=0)
+            axes.tick_params(axis="y", colors=CYCLE[place])
+            lines.append(line)
+        if known(mark):
+            left.axvline(mark, color=_COLOURS["ink"], linewidth=0.8, linestyle=":")
+        left.set_xlabel(x)
+        left.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+        left.legend(
+            handles=lines, loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=2, borderaxespad=0, fontsize=7.5
+        )
+
+    return figure(name, caption, draw)
+
+
+def _or_nan(value) -> float:
+    return math.nan if value is None else value
+
+
 def grouped_bars(name: str, caption: str, groups: dict[str, dict], share: bool = False) -> Html:
     """Bars with 95% intervals: {group label: {model: INTERVAL}}; a missing value leaves a gap."""
     models = [model for model in MODEL_COLOURS if any(model in bars for bars in groups.values())]

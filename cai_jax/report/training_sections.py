@@ -3,6 +3,7 @@
 from cai_jax.report import plots, verdicts
 from cai_jax.report.artifacts import Run
 from cai_jax.report.markup import Html, details, el, facts, paragraph, table
+from cai_jax.report.monitor_section import monitor
 from cai_jax.report.numbers import count, estimate_cell, number, part, percent, small
 
 
@@ -189,7 +190,7 @@ def ppo(run: Run, titles: dict[str, str]) -> list:
         f" KL penalty ({penalty}). A score that rises while KL grows fast or entropy falls towards 0 is a warning: the"
         " policy may be gaming the score."
     )
-    return [paragraph(text), *_rollouts(run, "ppo", PPO_PANELS)]
+    return [paragraph(text), *_rollouts(run, "ppo", PPO_PANELS), *monitor(run, "ppo")]
 
 
 def grpo(run: Run, titles: dict[str, str]) -> list:
@@ -199,7 +200,7 @@ def grpo(run: Run, titles: dict[str, str]) -> list:
         " the mean of their group are made likelier, without a value model. The KL to the SL-CAI model stands in the"
         f" loss (coefficient {small(run.resolved('grpo.kl_coef'))})."
     )
-    return [paragraph(text), *_rollouts(run, "grpo", GRPO_PANELS)]
+    return [paragraph(text), *_rollouts(run, "grpo", GRPO_PANELS), *monitor(run, "grpo")]
 
 
 def _scorer(run: Run, stage: str) -> str:

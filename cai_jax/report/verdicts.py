@@ -1,7 +1,7 @@
 """Sentences drawn from the numbers by rule: what went up, what is within chance, what beats a baseline."""
 
 from cai_jax import judging
-from cai_jax.report.artifacts import MODELS, SETS, Run
+from cai_jax.report.artifacts import MODELS, SETS, TITLES, Run
 from cai_jax.report.numbers import estimate, known, number, part, percent
 
 RULES = {
@@ -9,6 +9,14 @@ RULES = {
     "longer_wins": "the longer response wins",
     "refusal_wins": "the response that refuses wins",
     "coin": "toss a coin",
+}
+ALARMS = {
+    "kl": "KL above its budget",
+    "refusal": "safe prompts refused",
+    "degenerate": "broken or empty answers",
+    "length": "length far from the reference's",
+    "boilerplate": "boilerplate",
+    "divergence": "training reward up while the independent score falls",
 }
 DEGENERATE_ALARM = 0.1  # a share of broken texts above which the first screen says so
 
@@ -139,6 +147,35 @@ def reward_model(held_out: dict | None) -> str:
     if part(gain) <= 0:
         return f"{said} The reward model does not beat the simple rule."
     return f"{said} It is ahead, but by no more than chance explains: it is not shown to beat the simple rule."
+
+
+def monitors(run: Run, stage: str) -> str:
+    """The alarms of a stage's monitors, whether they ended it, and which state was exported; "" without an alarm."""
+    metrics, summary = run.stages[stage].metrics, run.stages[stage].summary or {}
+    found = summary.get("monitor") or {}
+    raised = {
+        words: [line.get("update") for line in metrics if line.get(f"monitor_alarm_{name}")]
+        for name, words in ALARMS.items()
+    }
+    listed = [f"{words} ({_updates(at)})" for words, at in raised.items() if at]
+    if not listed:
+        return ""
+    lines = [f"Alarm: in {TITLES[stage]} the monitors saw signs of reward hacking: {'; '.join(listed)}."]
+    if found.get("stop"):
+        ended = ", ".join(ALARMS.get(name, name) for name in found["stop"])
+        lines.append(f"This ended the training after update {summary.get('updates')}: {ended}.")
+    if known(found.get("chosen")):
+        within = found.get("chosen_within_bounds")
+        lines.append(
+            f"The exported state is that of update {found['chosen']}, "
+            + ("within all bounds." if within else "which is out of bounds: do not trust its reward.")
+        )
+    return " ".join(lines)
+
+
+def _updates(at: list) -> str:
+    shown = ", ".join(map(str, at[:3]))
+    return f"update{'s' if len(at) > 1 else ''} {shown}" + (f" and {len(at) - 3} more" if len(at) > 3 else "")
 
 
 def uncertainty(held_out: dict) -> str:

@@ -43,6 +43,7 @@ from cai_jax.stages.inputs import (
     best_of_n_is_a_model,
     check_models,
     check_principles,
+    is_watched,
     judge_of,
     override_of,
     read_gold,
@@ -73,8 +74,9 @@ WITHOUT_BASE = ("reward_model", "ppo", "dpo", "best_of_n", "grpo")
 # Fields of the endpoint that decide what it answers, in the stages that can ask it.
 ENDPOINT_FIELDS = {
     "critique_revision": ("base_url", "model"),
-    "judge": ("base_url", "model", "logprobs", "samples", "verdict_tokens"),
-    "preferences": ("base_url", "model", "logprobs", "samples", "verdict_tokens"),
+    **dict.fromkeys(
+        ("judge", "preferences", *REINFORCED), ("base_url", "model", "logprobs", "samples", "verdict_tokens")
+    ),
 }
 # Fields of `preferences` that decide what its labelers say.
 LABELING = ("labelers", "judge", "orders", "guard", "thought.", "contrast.", "rating.", "rule.", "rows_per_shard")
@@ -177,10 +179,11 @@ class Context:
     def checkpoints(self, folder: StageFolder, every: int) -> Checkpoints:
         """The checkpoints of a training stage."""
         settings = self.config.checkpoints
-        return Checkpoints(folder.path / "checkpoints", every, settings.keep, settings.export == "best")
+        chooses = settings.export == "best" or (settings.export == "frontier" and folder.stage in REINFORCED)
+        return Checkpoints(folder.path / "checkpoints", every, settings.keep, chooses)
 
     def quality(self, of_state):
-        """`of_state` where the config asks for the best state of a training stage, None where for the last."""
+        """`of_state` where the config asks for the best state of a training stage, None where it asks for none."""
         return of_state if self.config.checkpoints.export == "best" else None
 
     def row_seed(self, stage: str, row_id: str, *rest) -> int:
@@ -322,6 +325,10 @@ class Context:
             fingerprint["input.gold"] = self.gold.hash
         if stage == "preferences":
             fingerprint |= self._calibration()
+        if is_watched(self.config, stage):
+            fingerprint |= {f"config.{key}": value for key, value in flat.items() if key.startswith("monitor.")}
+            if self.config.monitor.model:
+                fingerprint["input.monitor.model"] = model_hash(self.config.monitor.model)
         if asks_endpoint(self.config, stage):
             fingerprint |= {f"config.endpoint.{name}": flat[f"endpoint.{name}"] for name in ENDPOINT_FIELDS[stage]}
         for source, override_field in sources(self.config, stage).items():
@@ -401,7 +408,7 @@ def _copies_on_disk(config: Config, stage: str) -> int:
     if config.lora.rank:
         return 2  # the states of adapters are small
     copies = 3 if stage == "ppo" and config.ppo.value_trunk == "shared" else STATE_COPIES[stage]
-    states = config.checkpoints.keep + 1 + (config.checkpoints.export == "best")
+    states = config.checkpoints.keep + 1 + (config.checkpoints.export != "last")
     return copies * states + 1
 
 

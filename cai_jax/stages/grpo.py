@@ -16,6 +16,8 @@ from cai_jax.models.pretrained import Model
 from cai_jax.objectives import grpo
 from cai_jax.objectives.model_losses import grpo_objective
 from cai_jax.stages import rewards, updates
+from cai_jax.stages.monitor import monitor_of
+from cai_jax.stages.monitor import summary as monitor_summary
 from cai_jax.stages.rollouts import Prompts, Rollouts, sample_rollouts, usable
 from cai_jax.training import loop
 from cai_jax.training.step import join, split, start_training
@@ -38,9 +40,10 @@ def run(context, folder, monitor: updates.Monitor | None = None) -> dict:
     reference = context.load_from("sft", settings.policy, dtype=settings.frozen_dtype)
     prompts, skipped = usable(context, STAGE, context.sampler(reference))
     frozen = Frozen(reference, rewards.load_source(context, STAGE), prompts)
+    monitor = monitor or monitor_of(context, folder, reference, frozen.source, prompts)
     params, metrics = _train(context, folder, frozen, monitor)
     context.export(folder, reference, params["policy"], "policy")
-    return updates.summary(settings, metrics, prompts, skipped)
+    return updates.summary(settings, metrics, prompts, skipped) | monitor_summary(context, folder, metrics)
 
 
 def _start(context, frozen: Frozen):
@@ -77,7 +80,7 @@ def _train(context, folder, frozen: Frozen, monitor):
 
     metrics_log = context.metrics_log(folder, flops_per_token(context.config, frozen))
     checkpoints = context.checkpoints(folder, settings.checkpoint_every)
-    quality = context.quality(loop.mean_of("reward"))
+    quality = updates.quality_of(context)
     state = loop.run(
         state, advance, settings.updates, checkpoints, metrics_log, context.progress, STAGE, "update", quality
     )

@@ -12,7 +12,7 @@ from cai_jax.conversation_sets import OWN, Conversations, load_conversations, pa
 from cai_jax.endpoint import EXTERNAL
 from cai_jax.errors import UserError
 from cai_jax.gold import Gold, check_apart, load_gold
-from cai_jax.models.pretrained import ModelInfo, check_model, written_ids
+from cai_jax.models.pretrained import ModelInfo, check_model, model_hash, written_ids
 from cai_jax.prompt_sets import PromptRows, check_disjoint, load_prompts, with_unique_ids
 from cai_jax.prompts import resolve_options, resolve_ratings
 from cai_jax.run_folder import StageFolder
@@ -72,8 +72,15 @@ def judge_of(config: Config, stage: str) -> str:
     return ""
 
 
+def is_watched(config: Config, stage: str) -> bool:
+    """Whether the monitors look at what a stage trains."""
+    return stage in REINFORCED and config.monitor.every > 0
+
+
 def asks_endpoint(config: Config, stage: str) -> str:
     """The config field by which a stage asks the model at the endpoint; "": it does not."""
+    if is_watched(config, stage) and config.monitor.judge == EXTERNAL:
+        return "monitor.judge"
     return next((name for name in ASKS.get(stage, ()) if EXTERNAL in attrgetter(name)(config)), "")
 
 
@@ -146,6 +153,8 @@ def check_models(config: Config, run_dir: Path) -> None:
     """
     named = [getattr(getattr(config, stage), role) for stage in HELPERS for role in HELPERS[stage]]
     named += [judge_of(config, stage) for stage in config.stages]
+    watched = [stage for stage in config.stages if is_watched(config, stage)]
+    named += [config.monitor.model for _ in watched]
     for source in filter(None, (config.model.source, *named)):
         _check_apart(config, run_dir, source)
     base = check_model(config.model.source, "policy")
@@ -157,6 +166,8 @@ def check_models(config: Config, run_dir: Path) -> None:
             made[stage] = models["sft"]
         if check := _CHECKS.get(stage):
             check(config, base, models)
+        if stage in watched:
+            _check_monitor(stage, config, base, models)
 
 
 def _input(config: Config, run_dir: Path, stage: str, source: str, made: dict) -> ModelInfo | None:
@@ -258,7 +269,7 @@ def _check_rewards(stage: str, config: Config, base: ModelInfo, models: dict) ->
         judge = check_model(settings.judge, "policy") if settings.judge else base
         _check_tokenizer(judge)
         resolve_ratings(judge.tokenizer)
-    elif not any(principle.check for principle in load_constitution(config.constitution, config.principles).principles):
+    elif not _has_checks(config):
         raise UserError(f"{stage}.reward=rule: no principle of the constitution ({config.constitution}) has a check; "
                         "name one that has, such as verifiable")
 
@@ -271,6 +282,47 @@ def _check_best_of_n(config: Config, base: ModelInfo, models: dict) -> None:
     _check_same_ids(models["sft"], models["reward_model"])
     if config.best_of_n.distill:
         _check_length("best_of_n.sequence_length", config.best_of_n.sequence_length, models["sft"])
+
+
+def _check_monitor(stage: str, config: Config, base: ModelInfo, models: dict) -> None:
+    settings, trained_on = config.monitor, getattr(config, stage)
+    if _is_training_reward(stage, config, models):
+        raise UserError(f"monitor.judge={settings.judge} is the reward that {stage} trains on ({stage}.reward="
+                        f"{trained_on.reward}): an alarm needs a judge that nothing is trained on; take another")
+    if settings.judge == "model":
+        judge = check_model(settings.model, "reward")
+        _check_same_ids(models["sft"], judge)
+        row = trained_on.max_prompt_tokens + settings.response.max_new_tokens
+        longest = min(row, models["sft"].config.max_position)
+        _check_length(f"{stage}.max_prompt_tokens + monitor.response.max_new_tokens", longest, judge)
+    elif settings.judge in ("rating", "contrast"):
+        judge = check_model(settings.model, "policy") if settings.model else base
+        _check_tokenizer(judge)
+        if settings.judge == "rating":
+            resolve_ratings(judge.tokenizer)
+    elif settings.judge == "rule" and not _has_checks(config):
+        raise UserError(f"monitor.judge=rule: no principle of the constitution ({config.constitution}) has a check; "
+                        "take another judge")
+
+
+def _is_training_reward(stage: str, config: Config, models: dict) -> bool:
+    """Whether the monitors' judge is what the policy is trained on: the same kind, and the same model."""
+    settings, trained_on = config.monitor, getattr(config, stage)
+    kind = {"model": "model", "judge": "rating", "rule": "rule"}[trained_on.reward]
+    if settings.judge != kind or kind == "rule":
+        return settings.judge == kind
+    if kind == "rating":
+        return _same_model(settings.model or config.model.source, trained_on.judge or config.model.source)
+    made_here = "reward_model" in config.stages and not trained_on.reward_model  # in a folder that _check_apart refuses
+    return not made_here and _same_model(settings.model, str(models["reward_model"].source))
+
+
+def _same_model(one: str, other: str) -> bool:
+    return one == other or model_hash(one) == model_hash(other)
+
+
+def _has_checks(config: Config) -> bool:
+    return any(principle.check for principle in load_constitution(config.constitution, config.principles).principles)
 
 
 def _check_evaluate(config: Config, base: ModelInfo, models: dict) -> None:

@@ -25,6 +25,8 @@ from cai_jax.objectives import ppo
 from cai_jax.objectives.model_losses import ppo_objective
 from cai_jax.provenance import read_json, write_json
 from cai_jax.stages import rewards, updates
+from cai_jax.stages.monitor import monitor_of
+from cai_jax.stages.monitor import summary as monitor_summary
 from cai_jax.stages.rollouts import Prompts, Rollouts, sample_rollouts, usable
 from cai_jax.training import loop
 from cai_jax.training.step import TrainState, join, split, start_training
@@ -61,10 +63,11 @@ class State:
 def run(context, folder, monitor: updates.Monitor | None = None) -> dict:
     """Train the policy, export `model/`; returns the summary of the stage."""
     frozen, skipped, bias = _prepare(context, folder)
+    monitor = monitor or monitor_of(context, folder, frozen.reference, frozen.source, frozen.prompts)
     params, metrics = _train(context, folder, frozen, bias, monitor)
     context.export(folder, frozen.reference, without_head(params["policy"]), "policy")
     summary = updates.summary(context.config.ppo, metrics, frozen.prompts, skipped)
-    return summary | {"reward_bias": bias}
+    return summary | {"reward_bias": bias} | monitor_summary(context, folder, metrics)
 
 
 def without_head(policy: dict) -> dict:
@@ -157,8 +160,7 @@ def _train(context, folder, frozen: Frozen, bias: float, monitor):
 
     metrics_log = context.metrics_log(folder, flops_per_token(context.config, frozen))
     checkpoints = context.checkpoints(folder, settings.checkpoint_every)
-    # What PPO maximises, score less KL, as the rollouts of the updates had it: those of each update's start.
-    quality = context.quality(loop.mean_of("reward"))
+    quality = updates.quality_of(context)
     state = loop.run(
         state, advance, settings.updates, checkpoints, metrics_log, context.progress, STAGE, "update", quality
     )

@@ -5,9 +5,11 @@ from collections.abc import Callable
 import jax.numpy as jnp
 import numpy as np
 
+from cai_jax import monitors
 from cai_jax.objectives import ppo
 from cai_jax.objectives.logprobs import masked_mean
 from cai_jax.stages.rollouts import Rollouts
+from cai_jax.training import loop
 from cai_jax.training.loop import ENDS
 
 # `monitor(update, policy_sampler, rollouts, report) -> (metrics, stop)`, called after the steps of every update.
@@ -60,6 +62,15 @@ def kl_report(logprobs_BN, ref_logprobs_BN, mask_BN) -> dict:
 def mean_of_rows(x_BN, mask_BN):
     """Mean over the rows that have a token of the sum over their tokens."""
     return masked_mean(jnp.sum(jnp.where(mask_BN > 0, x_BN, 0), axis=1), mask_BN.any(axis=1))
+
+
+def quality_of(context) -> Callable | None:
+    """What training/loop.py chooses the exported state by, as the config asks; None: it is the last.
+
+    best: what is maximised, score less KL, as the rollouts of the updates had it: those of each update's start.
+    """
+    by = {"best": loop.mean_of("reward"), "frontier": lambda state, lines: monitors.quality(lines[-1])}
+    return by.get(context.config.checkpoints.export)
 
 
 def summary(settings, metrics: list[dict], prompts, skipped: list[dict]) -> dict:

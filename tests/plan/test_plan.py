@@ -102,6 +102,24 @@ def test_what_a_plan_of_ppo_holds_follows_from_the_choice_of_reward_and_value(pp
     assert line(judged, "train step").program.resident == pytest.approx(2 * one, rel=0.02), "reference and judge"
 
 
+@pytest.mark.parametrize("judge, programs", [("rule", 0), ("rating", 3), ("contrast", 3), ("model", 1)])
+def test_a_plan_counts_what_the_monitors_do(ppo, plan, judge, programs):
+    named = ["monitor.model=random:llama"] if judge == "model" else []
+    every = max(1, ppo.ppo.updates // 10)
+    config = apply_overrides(ppo, [f"monitor.every={every}", f"monitor.judge={judge}", *named])
+    watched = make_plan(config, H100, ARITHMETIC)
+    answers, rewards = 4, 1
+    assert len(watched.lines) == len(plan.lines) + answers + rewards + programs
+    assert plan.seconds() < watched.seconds() < 1.5 * plan.seconds()
+    policy = parameters(plan.models["model.source"][0])
+    beside = line(watched, "train step").program.resident - line(plan, "train step").program.resident
+    whole = 4 * policy / H100.chips if judge in ("rating", "contrast") else 0
+    assert beside == pytest.approx(whole, abs=0.01 * 4 * policy / H100.chips)
+    sparse = apply_overrides(config, [f"monitor.every={2 * every}"])
+    assert make_plan(sparse, H100, ARITHMETIC).seconds() < watched.seconds()
+    assert ("monitor.model" in watched.models) == (judge != "rule")
+
+
 def test_a_plan_of_grpo_has_no_value_model(plan):
     grpo = load_config("grpo_7b")[1]
     of_grpo = make_plan(grpo, H100, ARITHMETIC)

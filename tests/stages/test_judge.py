@@ -14,7 +14,8 @@ from cai_jax.errors import UserError
 from cai_jax.gold import load_gold
 from cai_jax.labelers.opinion import Opinion
 from cai_jax.labelers.pleading import PLEAS
-from cai_jax.provenance import StageFolder, read_json
+from cai_jax.provenance import read_json
+from cai_jax.run_folder import StageFolder
 from cai_jax.sampler import Generate
 from cai_jax.stages import judge, labelling
 from cai_jax.stages.inputs import asks_endpoint, check_principles, labelers_of
