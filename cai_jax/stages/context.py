@@ -26,7 +26,7 @@ from cai_jax.memory import peak_memory, reset_peak_memory
 from cai_jax.metrics_log import MetricsLog
 from cai_jax.models import lora
 from cai_jax.models.adapters import save_adapter
-from cai_jax.models.pretrained import Model, load_model, model_hash, save_model
+from cai_jax.models.pretrained import Model, load_model, save_model
 from cai_jax.overrides import flatten
 from cai_jax.progress import Progress, duration
 from cai_jax.prompt_sets import check_disjoint, joined, load_prompts
@@ -35,53 +35,25 @@ from cai_jax.run_folder import StageFolder, check_free_space
 from cai_jax.sampler import Sampler
 from cai_jax.sampler.cache import cache_bytes, entry_dtype
 from cai_jax.sampler.memory import check_cache_fits, gibibytes
-from cai_jax.stages import judge, labelling
+from cai_jax.stages import judge
+from cai_jax.stages.fingerprint import fingerprint_of
 from cai_jax.stages.inputs import (
     EVAL_SETS,
-    HELPERS,
     asks_endpoint,
-    best_of_n_is_a_model,
     check_models,
     check_principles,
-    is_watched,
-    judge_of,
     override_of,
     read_gold,
     read_mixed,
     read_prompts,
-    sources,
 )
 from cai_jax.stages.rollouts import rows_of_pass
 from cai_jax.training.checkpoint import Checkpoints
 
-PROMPT_SETS = {
-    "red_team": ("red_team", "helpful", "eval_red_team", "eval_helpful", "eval_look_alike"),
-    "critique_revision": ("red_team",),
-    "sft": ("helpful",),
-    "judge": (),
-    "preferences": ("red_team", "helpful"),
-    "reward_model": (),
-    "ppo": ("red_team", "helpful"),
-    "dpo": (),
-    "best_of_n": ("red_team", "helpful"),
-    "grpo": ("red_team", "helpful"),
-    "evaluate": ("eval_red_team", "eval_helpful", "eval_look_alike"),
-}
 # Copies of the parameters in a train state: themselves and two moments, in PPO those of a value model of its own too.
 STATE_COPIES = {"sft": 3, "reward_model": 3, "ppo": 6, "dpo": 3, "best_of_n": 3, "grpo": 3}
 # Stages that compute nothing with the model that the run starts from: its memory is theirs.
 WITHOUT_BASE = ("reward_model", "ppo", "dpo", "best_of_n", "grpo")
-# Fields of the endpoint that decide what it answers, in the stages that can ask it.
-ENDPOINT_FIELDS = {
-    "critique_revision": ("base_url", "model"),
-    **dict.fromkeys(
-        ("judge", "preferences", *REINFORCED), ("base_url", "model", "logprobs", "samples", "verdict_tokens")
-    ),
-}
-# Fields of `preferences` that decide what its labelers say.
-LABELING = ("labelers", "judge", "orders", "guard", "thought.", "contrast.", "rating.", "rule.", "rows_per_shard")
-# Fields that decide what is done about the result of a stage, not the result.
-AFTERWARDS = ("judge.minimum_accuracy", "judge.on_failure")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "datasets")
 
 
@@ -237,7 +209,7 @@ class Context:
 
     def _run_stage(self, stage: str) -> None:
         folder = self.folder(stage)
-        begun = folder.begin(self._fingerprint(stage))
+        begun = folder.begin(self.fingerprint(stage))
         if begun == "done":
             self.progress.log(f"{stage}: done before, skipped")
             return
@@ -293,82 +265,14 @@ class Context:
         """Whether a model of a stage is there: exported by this run, or named by the config."""
         return bool(override) or self.folder(stage).done() is not None
 
+    def fingerprint(self, stage: str) -> dict:
+        """All that the artifacts of a stage depend on; see fingerprint.py."""
+        return fingerprint_of(self, stage)
+
     def check_unchanged(self) -> None:
         """Refuse selected stages whose earlier work was made from other inputs, as far as these are known by now."""
         for stage in self.config.stages:
-            self.folder(stage).check(self._fingerprint(stage))
-
-    def _fingerprint(self, stage: str) -> dict:
-        """All that the artifacts of a stage depend on, flat. None: an input that is still to be made.
-
-        The mesh is no part of it: on another one sums are rounded otherwise, and a run may go on there.
-        """
-        flat = flatten(self.config)
-        wanted = ("sampler.", "model.", f"{stage}.")
-        if stage in STATE_COPIES:
-            wanted += ("checkpoints.export", "lora.")
-        draws = stage == "evaluate" and self._draws_best_of_n()
-        if draws:
-            wanted += ("best_of_n.",)
-        if stage == "judge":
-            wanted += tuple(f"preferences.{name}" for name in LABELING)
-        fingerprint = {
-            f"config.{key}": value
-            for key, value in flat.items()
-            if (key.startswith(wanted) or key == "seed") and key not in ("model.source", *AFTERWARDS)
-        }
-        fingerprint |= {"input.model": self.base.hash, "input.constitution": self.constitution.hash}
-        fingerprint |= {f"input.prompts.{name}": self._prompts_hash(stage, name) for name in PROMPT_SETS[stage]}
-        if stage == "sft":
-            fingerprint |= {f"input.conversations.{source}": rows.hash for source, rows in self.mixed.items()}
-        if stage == "judge":
-            fingerprint["input.gold"] = self.gold.hash
-        if stage == "preferences":
-            fingerprint |= self._calibration()
-        if is_watched(self.config, stage):
-            fingerprint |= {f"config.{key}": value for key, value in flat.items() if key.startswith("monitor.")}
-            if self.config.monitor.model:
-                fingerprint["input.monitor.model"] = model_hash(self.config.monitor.model)
-        if asks_endpoint(self.config, stage):
-            fingerprint |= {f"config.endpoint.{name}": flat[f"endpoint.{name}"] for name in ENDPOINT_FIELDS[stage]}
-        for source, override_field in sources(self.config, stage).items():
-            if override := override_of(self.config, stage, source):
-                fingerprint[f"input.{override_field}"] = model_hash(override)
-            elif (done := self.folder(source).done()) is not None:
-                fingerprint[f"input.{source}"] = done["hash"]
-            elif source in self.config.stages:
-                fingerprint[f"input.{source}"] = None
-        if source := judge_of(self.config, stage):
-            fingerprint["input.judge"] = model_hash(source)
-        for role in HELPERS.get(stage, ()):
-            if model := getattr(getattr(self.config, stage), role):
-                fingerprint[f"input.{role}"] = model_hash(model)
-        if draws:
-            best = self.config.best_of_n
-            named = {"policy": best.policy, "reward_model": best.reward_model}
-            fingerprint |= {f"input.best_of_n.{name}": model_hash(model) for name, model in named.items() if model}
-        return fingerprint
-
-    def _prompts_hash(self, stage: str, name: str) -> str | None:
-        """What a stage's prompts are; None where the stage red_team is still to add to them."""
-        if stage == "red_team":
-            return self.given[name].hash
-        if name == "red_team" and "red_team" in self.config.stages and self.folder("red_team").done() is None:
-            return None
-        return self.prompts[name].hash
-
-    def _draws_best_of_n(self) -> bool:
-        """Whether the evaluation answers with the best of n draws."""
-        there = "best_of_n" in self.config.stages or self.folder("best_of_n").done() is not None
-        return there and not best_of_n_is_a_model(self.config)
-
-    def _calibration(self) -> dict:
-        """What labels take from the judge stage: its temperatures. Nothing where there are none."""
-        done, selected = self.folder("judge").done(), "judge" in self.config.stages
-        if done is None:
-            return {"input.calibration": None} if selected and self.config.judge.calibrate else {}
-        digest = done["artifacts"].get(labelling.CALIBRATION)
-        return {"input.calibration": digest} if digest else {}
+            self.folder(stage).check(self.fingerprint(stage))
 
 
 def prepare(name: str, config: Config, run_dir: Path, fresh: bool, progress: Progress) -> Context:

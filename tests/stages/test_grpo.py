@@ -96,7 +96,7 @@ def run_grpo(folder, *overrides, monitor=None):
     config = replace(apply_overrides(load_config("tiny")[1], asked), stages=("grpo",))
     context = prepare("tiny", config, folder, False, Progress(folder))
     stage = context.folder("grpo")
-    stage.begin(context._fingerprint("grpo"))
+    stage.begin(context.fingerprint("grpo"))
     stage.write_summary(summary := grpo.run(context, stage, monitor))
     stage.finish({})
     return summary

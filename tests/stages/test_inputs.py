@@ -82,7 +82,7 @@ def test_numbered_sets_get_rows_of_their_own(tmp_path):
     ids = {name: [prompt.id for prompt in rows.rows] for name, rows in context.prompts.items()}
     assert (ids["red_team"], ids["helpful"]) == (["red_team/0"], ["helpful/0"])
     assert (ids["eval_red_team"], ids["eval_helpful"]) == (["eval_red_team/0"], ["eval_helpful/0"])
-    assert context._fingerprint("sft")["input.prompts.helpful"] == context.describe()["prompts"]["helpful"]["hash"]
+    assert context.fingerprint("sft")["input.prompts.helpful"] == context.describe()["prompts"]["helpful"]["hash"]
 
 
 # ---------------------------------------------------------------- stages and models that are not there
@@ -206,7 +206,7 @@ def test_rollouts_longer_than_the_reward_model_holds_are_refused(tmp_path):
 
 def test_the_evaluation_depends_on_how_best_of_n_answers_where_it_is_a_way_to_answer(tmp_path):
     def of_best_of_n(*overrides, stages=STAGES):
-        fingerprint = open_door(tmp_path / "run", *overrides, stages=stages)._fingerprint("evaluate")
+        fingerprint = open_door(tmp_path / "run", *overrides, stages=stages).fingerprint("evaluate")
         return {key: value for key, value in fingerprint.items() if "best_of_n." in key and "evaluate." not in key}
 
     assert of_best_of_n("best_of_n.n=5")["config.best_of_n.n"] == 5
@@ -229,7 +229,7 @@ def test_another_judge_in_the_same_folder_is_noticed(tmp_path):
     for stage in ("critique_revision", "sft"):
         done(tmp_path / "run", stage, **({"kind": "policy"} if stage == "sft" else {}))
     begin = open_door(tmp_path / "run", f"preferences.judge={judge}", stages=("preferences",))
-    begin.folder("preferences").begin(begin._fingerprint("preferences"))
+    begin.folder("preferences").begin(begin.fingerprint("preferences"))
     open_door(tmp_path / "run", f"preferences.judge={judge}", stages=("preferences",))
     export(judge, source="random:qwen3")
     assert "input.judge" in refusal(tmp_path / "run", f"preferences.judge={judge}", stages=("preferences",))
@@ -237,12 +237,12 @@ def test_another_judge_in_the_same_folder_is_noticed(tmp_path):
 
 def test_random_models_stand_in_for_every_override(tmp_path):
     context = open_door(tmp_path, "ppo.policy=random:llama", "ppo.reward_model=random:llama", stages=("ppo",))
-    assert context._fingerprint("ppo")["input.policy"] == context.base.hash
+    assert context.fingerprint("ppo")["input.policy"] == context.base.hash
 
 
 def test_changed_work_of_any_selected_stage_is_refused_before_the_first_runs(tmp_path):
     first = open_door(tmp_path)
-    first.folder("ppo").begin(first._fingerprint("ppo") | {"input.sft": "x", "input.reward_model": "y"})
+    first.folder("ppo").begin(first.fingerprint("ppo") | {"input.sft": "x", "input.reward_model": "y"})
     open_door(tmp_path)
     assert "config.ppo.kl_coef 0.02 -> 0.5" in refusal(tmp_path, "ppo.kl_coef=0.5")
     open_door(tmp_path, "ppo.kl_coef=0.5", stages=("critique_revision", "sft"))

@@ -45,7 +45,7 @@ def open_door(folder, stage, *overrides):
 def train(folder, stage, *overrides):
     context = open_door(folder, stage, *overrides)
     here = context.folder(stage)
-    here.begin(context._fingerprint(stage))
+    here.begin(context.fingerprint(stage))
     here.write_summary(summary := RUNS[stage](context, here))
     here.finish({})
     return summary
@@ -180,7 +180,7 @@ def test_an_external_judge_compares_with_the_references_answer(tmp_path, absurd,
     for i, (before, after) in enumerate(zip(first["rows"], last["rows"], strict=True)):
         more = after["text"].count("!") - before["text"].count("!")  # what this server's judge goes by
         assert (after["independent"] > 0.5, after["independent"] == 0.5) == (more > 0, more == 0), i
-    assert context._fingerprint("grpo")["config.endpoint.model"] == "judge"
+    assert context.fingerprint("grpo")["config.endpoint.model"] == "judge"
 
 
 # ---------------------------------------------------------------- the door
@@ -230,7 +230,7 @@ def test_what_a_monitor_cannot_use_is_refused_before_anything_runs(tmp_path, ove
 
 def test_a_change_of_the_monitors_is_noticed(tmp_path):
     context = open_door(tmp_path / "run", "ppo", "monitor.every=2")
-    context.folder("ppo").begin(context._fingerprint("ppo"))
+    context.folder("ppo").begin(context.fingerprint("ppo"))
     assert "config.monitor.patience 2 -> 3" in refusal(tmp_path, "monitor.patience=3")
     with pytest.raises(UserError, match="config.monitor"):
         open_door(tmp_path / "run", "ppo")

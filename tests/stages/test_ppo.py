@@ -334,7 +334,7 @@ def run_ppo(folder, *overrides, monitor=None):
     config = replace(apply_overrides(load_config("tiny")[1], asked), stages=("ppo",))
     context = prepare("tiny", config, folder, False, Progress(folder))
     stage = context.folder("ppo")
-    stage.begin(context._fingerprint("ppo"))
+    stage.begin(context.fingerprint("ppo"))
     summary = ppo.run(context, stage, monitor)
     stage.write_summary(summary)
     stage.finish({})

@@ -206,7 +206,7 @@ def run_ppo(folder, monitor=None):
     folder.mkdir(exist_ok=True)
     context = context_of(folder, *STATEFUL)
     stage = context.folder("ppo")
-    stage.begin(context._fingerprint("ppo"))
+    stage.begin(context.fingerprint("ppo"))
     stage.write_summary(ppo.run(context, stage, monitor))
     stage.finish({})
 

@@ -209,7 +209,7 @@ def open_door(run_dir, *overrides, stages=("red_team", "critique_revision"), fre
 
 def write_stage(run_dir, *texts):
     folder = StageFolder(run_dir, "red_team")
-    folder.begin(open_door(run_dir)._fingerprint("red_team"))
+    folder.begin(open_door(run_dir).fingerprint("red_team"))
     rows = [{"id": f"written/{i}", "category": "x", "prompt": text} for i, text in enumerate(texts)]
     folder.write_lines("prompts.jsonl", rows)
     folder.finish({})
@@ -217,7 +217,7 @@ def write_stage(run_dir, *texts):
 
 def test_later_stages_see_the_union_once_the_stage_is_done(tmp_path):
     before = open_door(tmp_path)
-    unknown = before._fingerprint("critique_revision")["input.prompts.red_team"]
+    unknown = before.fingerprint("critique_revision")["input.prompts.red_team"]
     given = before.prompts["red_team"]
     write_stage(tmp_path, "Which tile is the bluest of all?", given.rows[0].messages[0]["content"].upper())
     before.take_up_written()
@@ -226,8 +226,8 @@ def test_later_stages_see_the_union_once_the_stage_is_done(tmp_path):
         after = open_door(tmp_path, stages=stages)
         assert after.prompts["red_team"].rows[-1].id == "written/0"
         assert after.prompts["red_team"] == before.prompts["red_team"] and after.given["red_team"] == given
-        assert after._fingerprint("critique_revision")["input.prompts.red_team"] == after.prompts["red_team"].hash
-        assert after._fingerprint("red_team")["input.prompts.red_team"] == given.hash
+        assert after.fingerprint("critique_revision")["input.prompts.red_team"] == after.prompts["red_team"].hash
+        assert after.fingerprint("red_team")["input.prompts.red_team"] == given.hash
     thrown_away = open_door(tmp_path, fresh=True)
     assert thrown_away.prompts["red_team"] == given
 

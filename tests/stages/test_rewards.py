@@ -141,7 +141,7 @@ def prepared(tmp_path, *overrides, stages=("ppo",)):
 @pytest.mark.parametrize("stage", ["ppo", "grpo"])
 def test_a_rule_needs_a_check_and_no_reward_model(tmp_path, stage):
     context = prepared(tmp_path, f"{stage}.reward=rule", stages=(stage,))
-    assert "input.reward_model" not in context._fingerprint(stage)
+    assert "input.reward_model" not in context.fingerprint(stage)
     with pytest.raises(UserError, match=f"{stage}.reward=rule: no principle .*harmless_helpful.* has a check"):
         prepared(tmp_path, f"{stage}.reward=rule", "constitution=harmless_helpful", stages=(stage,))
     with pytest.raises(UserError, match="needs the artifacts of stage reward_model"):
@@ -150,7 +150,7 @@ def test_a_rule_needs_a_check_and_no_reward_model(tmp_path, stage):
 
 def test_a_judge_is_checked_at_the_door_and_part_of_the_fingerprint(tmp_path):
     own, named = (
-        prepared(tmp_path, "ppo.reward=judge", *more)._fingerprint("ppo") for more in ((), ("ppo.judge=random:qwen2",))
+        prepared(tmp_path, "ppo.reward=judge", *more).fingerprint("ppo") for more in ((), ("ppo.judge=random:qwen2",))
     )
     assert "input.judge" not in own and named["input.judge"] == load_model("random:qwen2").hash
     with pytest.raises(UserError, match="nowhere"):
