@@ -64,8 +64,8 @@ def absurd(monkeypatch):
 
 
 GAMED = ("grpo.updates=12", "grpo.rollouts=16", "grpo.group=8", "grpo.kl_coef=0.0",
-         "grpo.optimizer.learning_rate=0.003", "monitor.every=1", "monitor.kl_budget=2.0", "monitor.length_factor=0.0",
-         "checkpoints.export=frontier")
+         "grpo.optimizer.learning_rate=0.003",
+         "monitor.every=1", "monitor.kl_budget=2.0", "monitor.length_factor=0.0", "checkpoints.export=frontier")
 
 
 def test_a_policy_that_games_its_reward_is_stopped_and_an_earlier_state_exported(tmp_path, absurd):
@@ -96,13 +96,15 @@ def test_a_policy_that_games_its_reward_is_stopped_and_an_earlier_state_exported
             }.isdisjoint(ids)  # fmt: skip
 
 
-@pytest.mark.parametrize("stage, killed_at", [("grpo", 2), ("grpo", 4), ("ppo", 3)])
+@pytest.mark.parametrize("stage, killed_at", [("grpo", 3), ("grpo", 4), ("ppo", 3)])
 def test_a_killed_run_ends_with_the_same_bytes(tmp_path, absurd, monkeypatch, stage, killed_at):
-    overrides = (f"{stage}.updates=4", "monitor.every=2", "monitor.patience=9", "checkpoints.export=frontier",
-                 f"{stage}.checkpoint_every=1", f"{stage}.optimizer.learning_rate=0.01")  # fmt: skip
+    """The look of the killed update lies on disk: counted twice, it would end the training a look too early."""
+    overrides = (f"{stage}.updates=6", "monitor.every=1", "monitor.kl_budget=0.01", "monitor.patience=3",
+                 "monitor.stop=kl", "checkpoints.export=frontier", f"{stage}.checkpoint_every=1",
+                 f"{stage}.optimizer.learning_rate=0.01")  # fmt: skip
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     train(whole, stage, *overrides)
-    assert [line["update"] for line in lines_of(whole, stage) if "monitor_proxy" in line] == [2, 4]
+    assert [line["monitor_alarm_kl"] for line in lines_of(whole, stage)] == [0, 1, 1, 1]
     asked = monitor.Watch.__call__
 
     def kill(self, update, *rest):
@@ -123,11 +125,12 @@ def test_a_killed_run_ends_with_the_same_bytes(tmp_path, absurd, monkeypatch, st
 
 def test_monitors_change_nothing_that_is_trained_and_off_they_leave_nothing(tmp_path, absurd):
     off, on = tmp_path / "off", tmp_path / "on"
-    summary = train(off, "grpo")
+    summary = train(off, "grpo", "grpo.updates=3")
     assert "monitor" not in summary and not (off / "grpo" / "looks").exists()
     fingerprint = (off / "grpo" / "fingerprint.json").read_text()
     assert "monitor" not in fingerprint, "a run from before there were monitors goes on"
-    train(on, "grpo", "monitor.every=1", "monitor.stop=")
+    train(on, "grpo", "grpo.updates=3", "monitor.every=2", "monitor.stop=")
+    assert [line["update"] for line in lines_of(on, "grpo") if "monitor_proxy" in line] == [2, 3], "and at the end"
     plain = [{key: x for key, x in line.items() if not key.startswith("monitor_")} for line in lines_of(on, "grpo")]
     assert plain == lines_of(off, "grpo")
     for path in (off / "grpo" / "model").iterdir():
