@@ -1,6 +1,6 @@
 """The judge table: what every labeler is worth with a model as judge, on the gold sets that ship, as Markdown.
 
-    python -m benchmarks.judges [--model=FOLDER] [--pleas=N] [--run_dir=DIR]
+    .venv/bin/python benchmarks/judges.py [--model=FOLDER] [--pleas=N] [--run_dir=DIR]
 
 Runs the judge stage of the demo under both shipped constitutions and reads its summary; a run that was stopped goes on.
 """

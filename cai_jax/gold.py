@@ -52,7 +52,8 @@ class Gold:
 def load_gold(source: str, constitution: Constitution) -> Gold:
     """Read a gold set: a .jsonl file, or for "" the shipped one of the constitution's name.
 
-    Raises UserError with file and line for whatever is not a gold pair under a principle of the constitution.
+    Of the shipped one those pairs are taken whose principle the constitution has, as a run may go by some alone. Raises
+    UserError with file and line for whatever is not a gold pair, or in another file not under one of its principles.
     """
     path = Path(source).expanduser() if source else _shipped(constitution.name)
     if path.suffix != ".jsonl" or not path.is_file():
@@ -61,21 +62,25 @@ def load_gold(source: str, constitution: Constitution) -> Gold:
         lines = path.read_bytes().decode("utf-8").split("\n")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: is not UTF-8 (byte {error.start}); save it as UTF-8") from None
-    principles = [principle.id for principle in constitution.principles]
+    known = [principle.id for principle in constitution.principles]
     pairs, line_of = [], {}
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            pair = _pair(line, principles)
+            pair = _pair(line)
+            if source and pair.principle not in known:
+                raise Unusable(f"the constitution has no principle {pair.principle!r}{nearest(pair.principle, known)}")
             if pair.id in line_of:
                 raise Unusable(f"the id {pair.id!r} stands in line {line_of[pair.id]} too")
         except Unusable as reason:
             raise UserError(f"{path}:{number}: {reason}") from None
         line_of[pair.id] = number
-        pairs.append(pair)
+        if pair.principle in known:
+            pairs.append(pair)
     if not pairs:
-        raise UserError(f"{path}: has no pair; give a gold set with at least one")
+        raise UserError(f"{path}: has no pair for the principles of {constitution.path}; set judge.gold to a file that "
+                        "has at least one")
     digest = content_hash([[getattr(pair, name) for name in GoldPair.__dataclass_fields__] for pair in pairs])
     return Gold(source or f"shipped:{constitution.name}", tuple(pairs), digest)
 
@@ -100,7 +105,7 @@ def _shipped(name: str) -> Path:
     return Path(str(_SHIPPED / f"{name}.jsonl"))
 
 
-def _pair(line: str, principles: list[str]) -> GoldPair:
+def _pair(line: str) -> GoldPair:
     try:
         record = json.loads(line)
     except ValueError as error:
@@ -123,9 +128,6 @@ def _pair(line: str, principles: list[str]) -> GoldPair:
         raise Unusable(f"better must be 'a' or 'b', not {record['better']!r}")
     if record["response_a"] == record["response_b"]:
         raise Unusable("both responses are the same")
-    if record["principle"] not in principles:
-        raise Unusable(f"the constitution has no principle {record['principle']!r}"
-                       f"{nearest(record['principle'], principles)}")
     texts = record["response_a"], record["response_b"], record["better"]
     messages = messages_of_prompt(record["prompt"])
     return GoldPair(record["id"], record.get("category", ""), record["principle"], messages, *texts)

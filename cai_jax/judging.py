@@ -7,6 +7,8 @@ stands here knows no model, so that stage, report and tests read the same number
 import math
 from collections.abc import Sequence
 
+import numpy as np
+
 from cai_jax import statistics
 from cai_jax.gold import GoldPair
 from cai_jax.text_metrics import classify_response
@@ -104,6 +106,23 @@ def fit_temperature(pairs: Sequence[GoldPair], logits: Logits) -> float:
         middle = (low + high) / 2
         low, high = (middle, high) if slope(middle) > 0 else (low, middle)
     return 2 / (low + high)
+
+
+def temperatures(pairs: Sequence[GoldPair], logits: Logits) -> tuple[float, list[float]]:
+    """The temperature of a labeler, and for each pair the one that was fitted without it.
+
+    1 where that does not lower the log-loss of pairs it has not seen: of a few pairs a fit may be chance, and sharpen
+    the labels of a judge that knows nothing.
+    """
+    unseen = cross_fitted(pairs, logits)
+    if _log_loss(pairs, logits, unseen) < _log_loss(pairs, logits, [1.0] * len(pairs)):
+        return fit_temperature(pairs, logits), unseen
+    return 1.0, [1.0] * len(pairs)
+
+
+def _log_loss(pairs, logits: Logits, temperatures: Sequence[float]) -> float:
+    rows = zip(pairs, logits, temperatures, strict=True)
+    return sum(float(np.logaddexp(0, -logit * _towards(pair) / t)) for pair, logit, t in rows if logit is not None)
 
 
 def cross_fitted(pairs: Sequence[GoldPair], logits: Logits) -> list[float]:

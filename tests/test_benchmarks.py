@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from cai_jax import load_constitution
+from cai_jax import judging, load_constitution
 from cai_jax.chat import encode_chat
 from cai_jax.config import PromptSet
+from cai_jax.gold import load_gold
 from cai_jax.models.byte_tokenizer import byte_tokenizer
 from cai_jax.models.gguf import convert_gguf
 from cai_jax.prompt_sets import load_prompts
@@ -237,3 +238,21 @@ def test_training_compares_with_the_peer_in_float32_alone_and_shows_how_far_bflo
     lines = training.losses(runs)
     assert len(lines) == 2 and "float32: 2.0000 1.0000" in lines[0]
     assert lines[1].endswith("bfloat16: 2.2500 0.5000 (at most 0.5000 from float32)")
+
+
+def test_the_judge_table_shows_what_the_summary_says():
+    gold = load_gold("", load_constitution("verifiable"))
+    right = [1.0 if pair.better == "a" else -1.0 for pair in gold.pairs]
+    found = judging.measure(gold.pairs, right, [(x + 2, x - 2) for x in right])
+    more = {"calibration_error": 0.25, "calibration_error_after": 0.125, "temperature": 2.0, "worth": "above chance"}
+    plea = judging.plea_effect([1.0, -1.0], [2.0, 1.0], [True, True]) | {"labeler": "options", "guard": True}
+    text = part("judges").table("verifiable", {
+        "gold": {"pairs": 24}, "baselines": judging.baselines(gold.pairs), "labelers": {"options": found | more},
+        "pleas": [plea | {"plea": "command"}],
+    })  # fmt: skip
+    row = next(line for line in text.splitlines() if line.startswith("| options"))
+    assert row.split(" | ")[1:5] == ["100% [86%, 100%]", "50% [31%, 69%]", "100% [86%, 100%] of 24", "100% [86%, 100%]"]
+    assert row.endswith("| 0.25 | 0.12 | 2.00 | above chance |") and "longer wins 50%" in text
+    assert "| command | +1.50 [-4.85, +7.85]; 1 of 1 |" in text
+    widths = {line.count("|") for line in text.splitlines() if line.startswith("|")}
+    assert widths == {11, 3}

@@ -122,6 +122,8 @@ def test_nested_and_flat_forms_say_the_same():
     "sft.optimizer.weight_decay=-1", "sft.optimizer.b1=1", "sft.optimizer.b2=-0.1", "sft.optimizer.eps=0",
     "sft.optimizer.clip_norm=0", "preferences.pairs_per_prompt=0", "preferences.response.temperature=0",
     "preferences.labelers=", "preferences.labelers=options,options", "preferences.labelers=opinions",
+    "judge.also=options", "judge.also=rating,rating", "judge.also=rater", "judge.minimum_accuracy=0.49",
+    "judge.minimum_accuracy=1", "judge.pleas=-1", "judge.principles=some", "judge.on_failure=warn",
     "preferences.principles=-1", "preferences.orders=second", "preferences.thought.most=0.5",
     "preferences.thought.most=1.1", "preferences.thought.reasoning.max_new_tokens=1024", "preferences.contrast.scale=0",
     "preferences.rating.scale=0", "preferences.rule.probability=0.5", "preferences.filters.least_confidence=0.4",

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -101,10 +102,17 @@ def test_a_set_that_is_not_there_is_refused(tmp_path):
     (tmp_path / "latin.jsonl").write_bytes(b"\xff\n")
     with pytest.raises(UserError, match="is not UTF-8"):
         load_gold(str(tmp_path / "latin.jsonl"), VERIFIABLE)
-    from dataclasses import replace
-
     with pytest.raises(UserError, match="no gold set ships for the constitution 'mine'"):
         load_gold("", replace(VERIFIABLE, name="mine"))
+
+
+def test_of_the_shipped_set_the_pairs_of_the_runs_principles_are_taken(tmp_path):
+    two = replace(VERIFIABLE, principles=VERIFIABLE.principles[:2])
+    gold, whole = load_gold("", two), load_gold("", VERIFIABLE)
+    assert gold.pairs == whole.pairs[:8] and gold.hash != whole.hash
+    other = replace(VERIFIABLE, principles=(replace(VERIFIABLE.principles[0], id="mine"),))
+    with pytest.raises(UserError, match="has no pair for the principles of"):
+        load_gold("", other)
 
 
 def test_the_hash_is_of_what_the_pairs_say(tmp_path):

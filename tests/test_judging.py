@@ -71,6 +71,21 @@ def test_the_fit_is_the_likeliest_of_a_fine_grid():
     assert judging.fit_temperature(pairs, logits) == pytest.approx(best, rel=0.01)
 
 
+def test_a_temperature_that_does_not_help_unseen_pairs_is_not_taken():
+    draw, kept = random.Random(5), 0
+    for _ in range(60):
+        pairs = [pair(draw.choice("ab")) for _ in range(24)]
+        fitted, unseen = judging.temperatures(pairs, [draw.gauss(0, 0.2) for _ in pairs])
+        kept += fitted < 0.5
+        assert (fitted == 1) == (set(unseen) == {1.0})
+    raw = sum(judging.fit_temperature(pairs, [draw.gauss(0, 0.2) for _ in pairs]) < 0.5 for _ in range(60))
+    assert kept <= 6 < raw, "a judge that knows nothing is not made surer, as the fit alone would"
+    pairs = [pair(draw.choice("ab")) for _ in range(100)]
+    sure = [9.0 * (1 if draw.random() < 0.7 else -1) * (1 if p.better == "a" else -1) for p in pairs]
+    fitted, unseen = judging.temperatures(pairs, sure)
+    assert fitted == judging.fit_temperature(pairs, sure) > 5 and unseen == judging.cross_fitted(pairs, sure)
+
+
 def test_the_fit_has_bounds():
     pairs = [pair("a")] * 10
     assert judging.fit_temperature(pairs, [None] * 10) == 1

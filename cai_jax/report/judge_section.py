@@ -89,7 +89,8 @@ def _calibration(labelers: dict[str, dict]) -> list:
         paragraph(
             "Expected calibration error: how far the probability of the preferred answer is from how often it is right."
             " Labels divide a labeler's log-odds by its temperature; the error after that is measured on pairs that"
-            " the temperature was not fitted on. A very high one says that the log-odds tell nothing."
+            " the temperature was not fitted on. It stays 1 where a fit does not help there; a very high one says that"
+            " the log-odds tell nothing."
         ),
         table(
             ["labeler", "error before", "error after", "temperature"],

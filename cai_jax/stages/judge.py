@@ -200,7 +200,7 @@ def _temperatures(config: Config, pairs, heard: Heard, logits) -> tuple[float, l
     """The temperature of a labeler, and for each pair the one that has not seen it; 1 for a rule, which is exact."""
     if not config.judge.calibrate or isinstance(heard.labeler, Rule):
         return 1.0, [1.0] * len(pairs)
-    return judging.fit_temperature(pairs, logits), judging.cross_fitted(pairs, logits)
+    return judging.temperatures(pairs, logits)
 
 
 def _orders(said: Sequence[Opinion]) -> list | None:
