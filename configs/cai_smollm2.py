@@ -34,8 +34,8 @@ def config() -> c.Config:
             optimizer=c.Optimizer(learning_rate=3e-5),
             checkpoint_every=4,
         ),
-        # A judge this small does not beat a coin (docs/learning.md). The demo goes on all the same, with its log-odds as
-        # they are, which calibration would flatten to ties; the report says so first.
+        # A judge this small does not beat a coin (docs/learning.md). The demo goes on all the same, with log-odds that
+        # calibration would flatten to ties; the report says so first.
         judge=c.Judge(on_failure="continue", calibrate=False, pleas=4),
         preferences=c.Preferences(labelers=("options", "contrast"), response=rollout, rows_per_shard=48),
         reward_model=c.RewardModel(
