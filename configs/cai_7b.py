@@ -36,5 +36,8 @@ def config() -> c.Config:
             max_prompt_tokens=512,
             response=long,
         ),
+        # Ten looks at 64 probes; the rating is the base model's, which nothing is trained on.
+        monitor=c.Monitor(every=20, response=c.Sampling(temperature=0.0, max_new_tokens=256), kl_budget=50.0),
+        checkpoints=c.Checkpoints(export="frontier"),
         evaluate=c.Evaluate(response=c.Sampling(temperature=0.0, max_new_tokens=512), rows_per_shard=256),
     )
