@@ -29,6 +29,7 @@ from cai_jax.statistics import wilson_interval  # noqa: E402
 
 CONFIG = "rules_smollm2"
 MODELS = {"base": "base", "rl_cai": "PPO", "dpo": "DPO", "best_of_n": "best-of-n"}
+ALARM = "monitor_alarm_"  # how metrics are named that say whether a monitor fired
 GOALS = {"labels": 1.0, "reward model": 0.95, "rl_cai": 0.9}
 
 
@@ -130,8 +131,8 @@ def alarms(run_dir: Path) -> dict:
     first = {}
     for line in lines:
         for name, value in line.items():
-            if name.startswith("alarm/") and value and name not in first:
-                first[name.removeprefix("alarm/")] = line["update"]
+            if name.startswith(ALARM) and value:
+                first.setdefault(name.removeprefix(ALARM), line["update"])
     return {"updates": len(lines), "first": first, "score": [lines[0]["score"], lines[-1]["score"]],
             "kl": [lines[0]["kl"], lines[-1]["kl"]]}  # fmt: skip
 

@@ -16,5 +16,8 @@ def config() -> c.Config:
         preferences=recipes.preferences(),
         reward_model=recipes.reward_model(learning_rate=1e-4),
         ppo=recipes.ppo(learning_rate=1e-5, microbatches=4),
+        # Ten looks at 64 probes; the rating is the base model's, which nothing is trained on.
+        monitor=c.Monitor(every=20, response=c.Sampling(temperature=0.0, max_new_tokens=256), kl_budget=50.0),
+        checkpoints=c.Checkpoints(export="frontier"),
         evaluate=recipes.evaluate(),
     )

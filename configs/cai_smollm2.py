@@ -51,6 +51,7 @@ def config() -> c.Config:
             optimizer=c.Optimizer(learning_rate=1e-5, schedule="linear", eps=1e-5),
             checkpoint_every=2,
         ),
+        checkpoints=c.Checkpoints(export="frontier"),
         monitor=c.Monitor(every=2, probes=8, response=c.Sampling(temperature=0.0, max_new_tokens=32)),
         evaluate=c.Evaluate(response=c.Sampling(temperature=0.0, max_new_tokens=32), rows_per_shard=48),
     )

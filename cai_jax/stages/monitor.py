@@ -37,9 +37,10 @@ def monitor_of(context, folder, reference: Model, source: rewards.Source, prompt
     """The monitor that the config asks for, its look at the reference taken; None where it asks for none."""
     if not context.config.monitor.every:
         return None
-    watch = Watch(context, folder, source, draw_probes(context, folder.stage, prompts), _judge(context))
+    probes = draw_probes(context, folder.stage, prompts)
+    watch = Watch(context, folder, source, probes, _judge(context), reference.tokenizer)
     if not distributed.by_first((folder.path / LOOKS / _file(0)).exists):
-        watch.look(0, context.sampler(reference), None)
+        watch.look(0, lambda: context.sampler(reference), None)
     return watch
 
 
@@ -73,13 +74,14 @@ class Watch:
     source: rewards.Source
     probes: list[tuple[str, object]]
     judge: Model | None
+    tokenizer: object  # the policy's
 
     def __call__(self, update: int, policy_sampler: Callable, rollouts: Rollouts, report: dict) -> tuple[dict, bool]:
         """Metrics of the look (none where it is not due), and whether an alarm has lasted."""
         settings, stage = self.context.config.monitor, self.folder.stage
         if update % settings.every and update < getattr(self.context.config, stage).updates:
             return {}, False
-        look = self.look(update, policy_sampler(), float(report["kl"]))
+        look = self.look(update, policy_sampler, float(report["kl"]))
         if look["alarms"]:
             self.context.progress.log(f"{stage}: update {update}: alarm: {', '.join(look['alarms'])}")
         if look["stop"]:
@@ -89,14 +91,17 @@ class Watch:
             )
         return monitors.line(look), bool(look["stop"])
 
-    def look(self, update: int, sampler: Sampler, kl: float | None) -> dict:
-        """Answer and score the probes, and write the look down."""
+    def look(self, update: int, sampler_of: Callable[[], Sampler], kl: float | None) -> dict:
+        """Answer the probes with `sampler_of()`, score the answers, and write the look down.
+
+        The sampler, with its weights and its cache, is gone before that of a judge is made.
+        """
         earlier = looks_before(self.folder, update)
-        samples = sampler.run([self._answer(prompt) for _, prompt in self.probes])
+        samples = sampler_of().run([self._answer(prompt) for _, prompt in self.probes])
         texts = [sample.text for sample in samples]
         reference = [row["text"] for row in earlier[0]["rows"]] if earlier else texts
-        proxy = self._proxy(sampler, samples)
-        independent = self._independent(sampler, samples, reference)
+        proxy = self._proxy(samples)
+        independent = self._independent(sampler_of, samples, reference)
         rows = [
             {
                 "id": prompt.id, "set": name, "text": sample.text, "tokens": len(sample.tokens),
@@ -113,17 +118,17 @@ class Watch:
         seed = self.context.row_seed(self.folder.stage, prompt.id, "probe", "response")  # the same at every look
         return (yield Generate(messages_of(prompt), self.context.config.monitor.response, seed))
 
-    def _proxy(self, sampler: Sampler, samples: list) -> list[float]:
+    def _proxy(self, samples: list) -> list[float]:
         """The training reward of every answer, without bias and penalties that PPO puts on rollouts."""
         stage = self.folder.stage
         if self.source.kind == "model":
-            tokens = _conversations(sampler.model.tokenizer, self.probes, samples)
+            tokens = _conversations(self.tokenizer, self.probes, samples)
             heads_BK = score_heads(self.context, self.source.model.config, self.source.model.params, tokens)
             return list(cautious(heads_BK, getattr(self.context.config, stage).uncertainty_penalty))
         asked = Rollouts("monitor", [prompt for _, prompt in self.probes], [sample.text for sample in samples], {})
         return list(rewards.text_scores(self.context, stage, self.source, asked))
 
-    def _independent(self, sampler: Sampler, samples: list, reference_texts: list[str]) -> list[float | None]:
+    def _independent(self, sampler_of: Callable, samples: list, reference_texts: list[str]) -> list[float | None]:
         """The judge's score of every answer; None for one that it cannot judge.
 
         rule: the share of the constitution's checks that it keeps. rating: 1 to 10. contrast: nats a token by which a
@@ -135,9 +140,9 @@ class Watch:
             checked = [principle for principle in context.constitution.principles if principle.check]
             return [rewards.rule_score(sample.text, checked) for sample in samples]
         if kind == "model":
-            tokens = _conversations(sampler.model.tokenizer, self.probes, samples)
+            tokens = _conversations(self.tokenizer, self.probes, samples)
             return list(score_texts(context, self.judge.config, self.judge.params, tokens))
-        asked = sampler if kind == "external" else context.sampler(self.judge)
+        asked = sampler_of() if kind == "external" else context.sampler(self.judge)
         ask = self._question(kind, asked.max_length)
         return asked.run(
             ask(prompt, sample.text, there, self._principles(prompt))
