@@ -135,8 +135,9 @@ def test_an_update_of_ppo_counts_all_its_passes():
     """Sampling, three scoring passes and the training of two models, by hand."""
     policy = tiny_config("llama")
     frozen = types.SimpleNamespace(
-        reference=types.SimpleNamespace(config=policy), reward=types.SimpleNamespace(config=policy), prompt_length=64
-    )
+        reference=types.SimpleNamespace(config=policy), value_config=policy, prompts=types.SimpleNamespace(length=64),
+        source=types.SimpleNamespace(kind="model", model=types.SimpleNamespace(config=policy)),
+    )  # fmt: skip
     settings = c.Ppo(epochs=2, response=c.Sampling(max_new_tokens=32))
     config = c.Config(c.Model("random:llama"), "two passes", ppo=settings)
     with_logits, without = forward_flops(policy, 1, 96), forward_flops(policy, 1, 96, unembedded=0)

@@ -1010,3 +1010,12 @@ def test_numbers_read_well():
     assert numbers.memory(3 * 2**29) == "1.50 GiB" and numbers.moment(86400) == "1970-01-02 00:00 UTC"
     assert numbers.moment(None) == "–" and numbers.moment("Friday") == "Friday"
     assert numbers.bounds({"value": 1, "low": None, "high": 2}) == ""
+
+
+def test_a_run_with_the_usual_stages_alone_has_every_section_drawn(tmp_path, no_plots):
+    run = FakeRun(tmp_path)
+    run.config()
+    for stage in STAGES:
+        if stage not in OPTIONAL:
+            getattr(run, stage)()
+    assert "could not be drawn" not in render(run.folder)[0]

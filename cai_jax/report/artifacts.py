@@ -54,6 +54,10 @@ class Run:
     stages: dict[str, Stage] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
+    def summary(self, stage: str) -> dict:
+        """summary.json of a stage; {} where there is none, or the run does not have the stage."""
+        return (self.stages[stage].summary if stage in self.stages else None) or {}
+
     def resolved(self, dotted: str, default=None):
         """A value of the resolved config, such as 'ppo.kl_coef'."""
         value = self.config.get("config") or {}

@@ -22,7 +22,7 @@ def monitor(run: Run, stage: str) -> list:
     looks = [look for look in run.looks(stage) if isinstance(look.get("numbers"), dict)]
     if not looks:
         return []
-    found = (run.stages[stage].summary or {}).get("monitor") or {}
+    found = run.summary(stage).get("monitor") or {}
     judge = found.get("judge") or run.resolved("monitor.judge")
     probes = found.get("probes") or {}
     chosen = found.get("chosen")

@@ -84,7 +84,7 @@ def sample_size(models: dict[str, dict]) -> str:
 
 def gold(run: Run) -> str:
     """Whether labels are shown to be right often enough on gold pairs, and what that meant for the run; "": unknown."""
-    summary, minimum = run.stages["judge"].summary or {}, run.resolved("judge.minimum_accuracy")
+    summary, minimum = run.summary("judge"), run.resolved("judge.minimum_accuracy")
     vote, rules = summary.get("vote") or {}, summary.get("baselines") or {}
     numbers = [minimum, part(vote.get("accuracy"), "low"), *(rules.get(name) for name in judging.LENGTH_RULES)]
     if not all(known(value) for value in numbers):
@@ -107,7 +107,7 @@ def gold(run: Run) -> str:
 def gold_passes(run: Run) -> bool:
     """Whether there is nothing to warn of: the gate was passed, or there is none."""
     said = gold(run)
-    return not said or judging.passes(run.stages["judge"].summary, run.resolved("judge.minimum_accuracy"))
+    return not said or judging.passes(run.summary("judge"), run.resolved("judge.minimum_accuracy"))
 
 
 def judge(summary: dict | None) -> str:
@@ -151,8 +151,8 @@ def reward_model(held_out: dict | None) -> str:
 
 def monitors(run: Run, stage: str) -> str:
     """The alarms of a stage's monitors, whether they ended it, and which state was exported; "" without an alarm."""
-    metrics, summary = run.stages[stage].metrics, run.stages[stage].summary or {}
-    found = summary.get("monitor") or {}
+    metrics = run.stages[stage].metrics if stage in run.stages else []
+    found = run.summary(stage).get("monitor") or {}
     raised = {
         words: [line.get("update") for line in metrics if line.get(f"monitor_alarm_{name}")]
         for name, words in ALARMS.items()
@@ -163,7 +163,7 @@ def monitors(run: Run, stage: str) -> str:
     lines = [f"Alarm: in {TITLES[stage]} the monitors saw signs of reward hacking: {'; '.join(listed)}."]
     if found.get("stop"):
         ended = ", ".join(ALARMS.get(name, name) for name in found["stop"])
-        lines.append(f"This ended the training after update {summary.get('updates')}: {ended}.")
+        lines.append(f"This ended the training after update {run.summary(stage).get('updates')}: {ended}.")
     if known(found.get("chosen")):
         within = found.get("chosen_within_bounds")
         lines.append(

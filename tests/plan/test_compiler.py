@@ -108,7 +108,7 @@ import json
 from cai_jax.plan.topology import set_environment
 set_environment()
 from cai_jax.accelerators import parse_slice
-from cai_jax.config import apply_overrides
+from cai_jax.overrides import apply_overrides
 from cai_jax.named_runs import load_config
 from cai_jax.plan.plan import planned_run
 from cai_jax.plan.stages import programs_of

@@ -205,7 +205,7 @@ def test_dpo_with_adapters_has_its_reference_below_them_and_soft_labels_take_tie
     found, labels = summary(run_dir, "dpo"), summary(run_dir, "preferences")
     assert found["counters"]["tie"] == 0
     used = found["train_pairs"] + found["held_out"]["n"]
-    assert used == labels["labelled"] - found["counters"]["identical_responses"] - found["counters"]["too_long"]
+    assert used == labels["kept"] - found["counters"]["identical_responses"] - found["counters"]["too_long"]
     start = load_model(run_dir / "sft" / "model")
     merged = flatten(lora.merge(load_adapter(run_dir / "dpo" / "adapter", start).params))
     for name, leaf in flatten(load_model(run_dir / "dpo" / "model").params).items():
