@@ -12,7 +12,7 @@ def config() -> c.Config:
         model=c.Model(MODEL, compute_dtype="bfloat16"),
         constitution="verifiable",
         # Rules that the model keeps now and then: what it never does cannot be reinforced.
-        principles=("brief", "no_digits", "no_exclamation", "no_lists"),
+        principles=("brief", "no_digits"),
         stages=("preferences", "reward_model", "ppo", "dpo", "best_of_n", "evaluate"),
         prompts=c.Prompts(
             eval_red_team=c.PromptSet("shipped:red_team", split="eval", limit=24),
@@ -21,11 +21,11 @@ def config() -> c.Config:
         ),
         sampler=c.Sampler(rows=32, max_length=512),
         preferences=c.Preferences(
-            policy=MODEL, labelers=("rule",), principles=0, response=answer, pairs_per_prompt=2, rows_per_shard=128
+            policy=MODEL, labelers=("rule",), principles=0, response=answer, pairs_per_prompt=4, rows_per_shard=128
         ),
         reward_model=c.RewardModel(
             start=MODEL, epochs=2, batch_size=16, max_length=256, held_out=0.15,
-            optimizer=c.Optimizer(learning_rate=3e-5), checkpoint_every=40,
+            optimizer=c.Optimizer(learning_rate=5e-5), checkpoint_every=40,
         ),
         ppo=c.Ppo(
             policy=MODEL, updates=40, rollouts=24, epochs=1, minibatches=2, max_prompt_tokens=64, response=answer,
