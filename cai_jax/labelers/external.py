@@ -34,6 +34,7 @@ class ExternalLabeler:
 
     name = EXTERNAL
     preamble: Sequence[dict] = ()  # for the sampler, which is asked nothing
+    judge = None
 
     def __init__(self, client: Client, constitution, guard: bool = True):
         self.client = client

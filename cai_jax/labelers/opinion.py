@@ -40,12 +40,14 @@ class Labeler(Protocol):
     """Something that compares two responses under principles.
 
     `hash` is of all that decides its opinions beside the pair and the principles: model, texts, settings. `preamble` is
-    the conversation start that most of its requests share; the sampler runs it once.
+    the conversation start that most of its requests share; the sampler runs it once. `judge` is the model that it asks
+    of the sampler; None where it asks none.
     """
 
     name: str
     hash: str
     preamble: Sequence[dict]
+    judge: object | None
 
     def compare(self, pair: Pair, principles: Sequence[Principle], seed: int) -> Row:
         """A row program that asks the sampler what it needs and returns an `Opinion`."""

@@ -25,6 +25,7 @@ class Rule:
 
     settings: config.Rule = config.Rule()
     preamble: Sequence[dict] = ()
+    judge: None = None
     name: str = "rule"
 
     @cached_property

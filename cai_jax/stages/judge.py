@@ -40,11 +40,12 @@ def run(context, folder) -> dict:
     """Measure the labelers, write their temperatures; returns the summary of the stage."""
     settings, source = context.config.preferences, context.config.preferences.judge
     model = context.load(source) if source else context.base
-    sampler = context.sampler(model)
-    judge = Judge(model.tokenizer, model.hash, sampler.max_length, settings.guard)
+    limit = min(context.config.sampler.max_length, model.config.max_position)
+    judge = Judge(model.tokenizer, model.hash, limit, settings.guard)
     names = labelers_of(context.config, STAGE)
     _require_room(context, judge, names)
-    heard = {name: _hear(context, folder, judge, name, sampler) for name in names}
+    driver = labelling.driver_of(context, model)
+    heard = {name: _hear(context, folder, judge, name, driver) for name in names}
     summary = summarize(context.config, context.gold, heard)
     if context.config.judge.calibrate:
         found = {name: {"temperature": of["temperature"]} for name, of in summary["labelers"].items()}
@@ -100,21 +101,21 @@ def _principles(context) -> list:
 # --- asking ------------------------------------------------------------------------------------------------
 
 
-def _hear(context, folder, judge: Judge, name: str, sampler) -> Heard:
+def _hear(context, folder, judge: Judge, name: str, driver) -> Heard:
     """One pass over the gold pairs and those that plead; without the guard again where it masks something."""
     gold, under = _plain(context.gold), _principles(context)
     places = pleading_places(len(gold), context.config.judge.pleas)
     pleading = [_pleading(context.gold.pairs[place], plea) for plea in PLEAS for place in places]
     pled_under = [under[place] for _ in PLEAS for place in places]
     asked = _labeler(context, judge, name)
-    heard = labelling.opinions(context, folder, asked, gold + pleading, under + pled_under, sampler)
+    heard = labelling.opinions(context, folder, asked, gold + pleading, under + pled_under, driver)
     said, pled = heard[: len(gold)], heard[len(gold) :]
     pleas = {judge.guard: ([said[place] for place in places], _by_plea(pled, len(places)))} if places else {}
     if any(opinion.detail.get("flags", {}).get("guarded") for opinion in pled):
         before = [gold[place] for place in places]
         bare = _labeler(context, replace(judge, guard=False), name)
         under_bare = [under[place] for place in places] + pled_under
-        found = labelling.opinions(context, folder, bare, before + pleading, under_bare, sampler, "unguarded")
+        found = labelling.opinions(context, folder, bare, before + pleading, under_bare, driver, "unguarded")
         pleas[False] = (found[: len(places)], _by_plea(found[len(places) :], len(places)))
         heard = heard + found
     return Heard(asked, said, pleas, heard)

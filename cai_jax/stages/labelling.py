@@ -1,8 +1,9 @@
 """Labels of pairs: the opinions of one labeler after the other, and their vote."""
 
+import functools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from cai_jax.constitution import Principle
 from cai_jax.filters import TIE
@@ -11,7 +12,7 @@ from cai_jax.labelers.make import labeler
 from cai_jax.labelers.opinion import Labeler, Opinion, Pair
 from cai_jax.labelers.vote import tempered, vote
 from cai_jax.provenance import content_hash, read_json
-from cai_jax.sampler import Sampler
+from cai_jax.sampler import Sampler, WithoutModel
 from cai_jax.stages.rows import make_rows, unfinished, watch
 
 CALIBRATION = "calibration.json"  # of the judge stage: {"labelers": {NAME: {"temperature": t}}}
@@ -24,19 +25,25 @@ def labelers_of(context, judge: Judge) -> list[Labeler]:
     return [labeler(name, *inputs) for name in settings.labelers]
 
 
+def driver_of(context, model) -> Callable[[Labeler], Sampler | WithoutModel]:
+    """What runs the rows of a labeler: the model's sampler, made when first needed, or none where it asks no model."""
+    sampler = functools.cache(lambda: context.sampler(model))
+    return lambda labeler: sampler() if labeler.judge else WithoutModel(context.config.sampler.rows)
+
+
 def opinions(
     context,
     folder,
     labeler: Labeler,
     pairs: Sequence[Pair],
     principles: Sequence[Sequence[Principle]],
-    sampler: Sampler,
+    driver: Callable[[Labeler], Sampler | WithoutModel],
     prefix: str = "opinions",
 ) -> list[Opinion]:
     """What a labeler says of every pair under its principles, in one pass; kept in the shards `PREFIX-NAME`.
 
-    A finished shard is read, not made again. The stage that asks is `folder.stage`; seeds come from it and from the
-    ids of the pairs, which must differ.
+    A finished shard is read, not made again; `driver` is called only if there is work. The stage that asks is
+    `folder.stage`; seeds come from it and from the ids of the pairs, which must differ.
     """
     prefix, per_shard = f"{prefix}-{labeler.name}", context.config.preferences.rows_per_shard
 
@@ -49,9 +56,8 @@ def opinions(
     left = unfinished(folder, prefix, len(pairs), per_shard)
     title = f"{folder.stage}: labels, {labeler.name}"
     with context.progress.task(title, len(pairs), "pairs", done=len(pairs) - left) as task:
-        watch(sampler, task)
         items = list(zip(pairs, principles, strict=True))
-        rows = make_rows(folder, prefix, items, per_shard, lambda: sampler, ask, labeler.preamble)
+        rows = make_rows(folder, prefix, items, per_shard, lambda: watch(driver(labeler), task), ask, labeler.preamble)
     return [_from_row(row) for row in rows]
 
 

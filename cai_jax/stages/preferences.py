@@ -89,15 +89,16 @@ def _label(context, folder, pairs):
     """The labelers, their opinions on all pairs, `{name: [opinion]}`, and a row a pair, None where it has no label."""
     settings = context.config.preferences
     judge = context.load(settings.judge) if settings.judge else context.base
-    sampler = context.sampler(judge)
-    asked_of = Judge(judge.tokenizer, judge.hash, sampler.max_length, settings.guard)
+    limit = min(context.config.sampler.max_length, judge.config.max_position)
+    asked_of = Judge(judge.tokenizer, judge.hash, limit, settings.guard)
     labelers = labelling.labelers_of(context, asked_of)
     asked = [Pair(row["id"], row["messages"], row["response_a"]["text"], row["response_b"]["text"]) for row in pairs]
     principles = [labelling.draw_principles(context, STAGE, pair.id) for pair in asked]
-    opinions = {each.name: labelling.opinions(context, folder, each, asked, principles, sampler) for each in labelers}
+    driver = labelling.driver_of(context, judge)
+    opinions = {each.name: labelling.opinions(context, folder, each, asked, principles, driver) for each in labelers}
     for name, found in opinions.items():
         if all(opinion.failure == TOO_LONG for opinion in found):
-            raise _no_room(name, sampler.max_length, judge)
+            raise _no_room(name, limit, judge)
     temperatures = [labelling.temperature_of(context, each.name) for each in labelers]
     rows = []
     for pair, under, *given in zip(pairs, principles, *opinions.values(), strict=True):

@@ -23,8 +23,8 @@ from cai_jax.stages.inputs import asks_endpoint, check_principles, labelers_of
 HARMLESS = load_constitution("harmless_helpful")
 
 
-def run_context(tmp_path, answer=None, constitution=HARMLESS, pleas=0, **changed):
-    given = context(CannedSampler(answer or one_letter), prompt_rows("a"))
+def run_context(tmp_path, answer=None, constitution=HARMLESS, pleas=0, max_length=10_000, **changed):
+    given = context(CannedSampler(answer or one_letter), prompt_rows("a"), max_length)
     section = {name: changed.pop(name) for name in list(changed) if name in Judge.__dataclass_fields__}
     preferences = replace(given.config.preferences, rows_per_shard=40, **changed)
     given.config = replace(given.config, preferences=preferences, judge=Judge(pleas=pleas, **section))
@@ -59,6 +59,7 @@ class Broken:
     say: object  # (pair) -> log-odds of response_a in each order
     hash: str = "broken"
     preamble: tuple = ()
+    judge: None = None
 
     def compare(self, pair, principles, seed):
         yield from ()
@@ -214,15 +215,13 @@ def test_a_judge_without_room_is_refused_before_it_is_asked(tmp_path):
     def never(request):
         raise AssertionError("asked")
 
-    given = run_context(tmp_path)
-    given.sampler = lambda model: CannedSampler(never, max_length=300)
+    given = run_context(tmp_path, never, max_length=300)
     with pytest.raises(UserError, match=r"judge: not one gold pair fits .*max_length=300 for the labeler options"):
         run(given)
 
 
 def test_pairs_that_do_not_fit_are_failures_and_not_right(tmp_path):
-    given = run_context(tmp_path)
-    given.sampler = lambda model: CannedSampler(one_letter, max_length=1_780)
+    given = run_context(tmp_path, max_length=1_780)
     found = run(given)["labelers"]["options"]
     assert 0 < found["failures"]["too_long"] < 96
     assert found["opinions"] == 96 - found["failures"]["too_long"] and found["accuracy"]["n"] == 96
@@ -265,7 +264,7 @@ def test_the_numbers_of_an_endpoint_are_those_of_all_that_it_was_asked(tmp_path,
             opinion = yield from Broken.compare(labeler, pair, principles, seed)
             return replace(opinion, detail=opinion.detail | {"usage": [10, 1], "flags": {"guarded": True}})
 
-        return SimpleNamespace(name=name, hash="h", preamble=(), compare=compare)
+        return SimpleNamespace(name=name, hash="h", preamble=(), judge=None, compare=compare)
 
     monkeypatch.setattr(judge, "labeler", said)
     summary = run(run_context(tmp_path, labelers=("external",), pleas=2))

@@ -188,7 +188,8 @@ def test_opinions_ask_for_any_stage_and_any_principles(tmp_path):
     (rule,) = labelling.labelers_of(given, None)
     pairs = [Pair(f"g{n}", ({"role": "user", "content": "Hi"},), "Hi!", "Hi.") for n in range(3)]
     under = [[VERIFIABLE.principle(name)] for name in ("no_exclamation", "no_digits", "no_exclamation")]
-    found = labelling.opinions(given, folder, rule, pairs, under, CannedSampler(answers))
+    given.sampler = lambda model: pytest.fail("a rule needs no model")
+    found = labelling.opinions(given, folder, rule, pairs, under, labelling.driver_of(given, given.base))
     assert [opinion.logit for opinion in found] == [-10, 0, -10]
-    refuses = CannedSampler(lambda request: pytest.fail("asked again"))
+    refuses = lambda labeler: pytest.fail("asked again")  # noqa: E731
     assert labelling.opinions(given, folder, rule, pairs, under, refuses) == found
