@@ -1,7 +1,6 @@
 """The whole pipeline on a tiny random model: run, killed and resumed, refused, and read by others."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -23,7 +22,8 @@ from cai_jax.models.pretrained import load_model
 
 DEFAULT = [stage for stage in STAGES if stage not in OPTIONAL]
 COMMAND = [sys.executable, "-m", "cai_jax.launch", "--config=tiny"]
-# In each stage, a file whose appearance says that the stage is under way and far from done.
+KILLED_WHEN = str(Path(__file__).parents[1] / "killed_when.py")
+# In each stage, a file that is written while the stage is far from done.
 MIDDLES = {
     "critique_revision": "rows-00000-of-*.jsonl",
     "sft": "checkpoints/[0-9]",
@@ -65,18 +65,11 @@ def assert_same_artifacts(finished: Path, run_dir: Path) -> None:
 
 def kill_in(stage: str, run_dir: Path, *flags: str) -> None:
     """Start the run and kill it in the middle of a stage."""
-    process = subprocess.Popen(
-        [*COMMAND, f"--run_dir={run_dir}", *flags], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-        start_new_session=True,
-    )  # fmt: skip
-    deadline = time.monotonic() + 300
-    while not list((run_dir / stage).glob((MIDDLES | OTHERS)[stage])):
-        assert process.poll() is None, f"{stage} ended before its middle: {process.stderr.read().decode()}"
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    assert not (run_dir / stage / "done.json").exists(), f"the kill came too late for {stage}"
+    middle = f"{run_dir / stage}/{(MIDDLES | OTHERS)[stage]}"
+    command = [sys.executable, KILLED_WHEN, middle, *COMMAND[3:], f"--run_dir={run_dir}", *flags]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    assert result.returncode == -signal.SIGKILL, f"{stage} did not come to its middle: {result.stderr}"
+    assert not (run_dir / stage / "done.json").exists()
 
 
 def summary(run_dir: Path, stage: str) -> dict:
