@@ -128,7 +128,7 @@ class Filters:
 
 @dataclass(frozen=True)
 class Preferences:
-    """AI labels: two responses a prompt, compared under drawn principles."""
+    """AI labels: responses to a prompt, two by two compared under drawn principles."""
 
     policy: str = ""  # model that answers; "": the SL-CAI model of this run
     judge: str = ""  # model that labels; "": the model that the run starts from
@@ -142,7 +142,7 @@ class Preferences:
     rule: Rule = Rule()
     filters: Filters = Filters()
     response: Sampling = Sampling(max_new_tokens=128)
-    pairs_per_prompt: int = 1
+    responses_per_prompt: int = 2  # each two of them are a pair
     rows_per_shard: int = 64
 
 

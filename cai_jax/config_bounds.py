@@ -128,7 +128,7 @@ BOUNDS = {
     c.Preferences: {
         "principles": _at_least(0),
         "orders": _one_of("both", "first"),
-        "pairs_per_prompt": _at_least(1),
+        "responses_per_prompt": _at_least(2),
         "rows_per_shard": _at_least(1),
     },
     c.RewardModel: {

@@ -50,8 +50,8 @@ def sft(learning_rate: float) -> c.Sft:
 
 
 def preferences(policy: str = "") -> c.Preferences:
-    """Labels of four pairs a prompt, by the base model."""
-    return c.Preferences(policy=policy, response=ANSWER, pairs_per_prompt=4, rows_per_shard=256)
+    """Labels of the six pairs among four responses to a prompt, by the base model."""
+    return c.Preferences(policy=policy, response=ANSWER, responses_per_prompt=4, rows_per_shard=256)
 
 
 def reward_model(learning_rate: float, start: str = "") -> c.RewardModel:

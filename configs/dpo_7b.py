@@ -13,7 +13,7 @@ def config() -> c.Config:
         mesh=c.Mesh(data=1, fsdp=-1, tensor=2),
         sampler=c.Sampler(rows=128, max_length=3072, prefill_tokens=8192),
         preferences=c.Preferences(
-            policy=sl_cai, response=c.Sampling(max_new_tokens=512), pairs_per_prompt=4, rows_per_shard=256
+            policy=sl_cai, response=c.Sampling(max_new_tokens=512), responses_per_prompt=4, rows_per_shard=256
         ),
         dpo=c.Dpo(
             policy=sl_cai, batch_size=64, microbatches=2, max_length=1024, optimizer=c.Optimizer(learning_rate=5e-7)

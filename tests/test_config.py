@@ -120,7 +120,7 @@ def test_nested_and_flat_forms_say_the_same():
     "sft.microbatches=0", "sft.sequence_length=1", "sft.checkpoint_every=0", "sft.optimizer.learning_rate=0",
     "sft.optimizer.learning_rate=inf", "sft.optimizer.schedule=cosin", "sft.optimizer.warmup_fraction=1",
     "sft.optimizer.weight_decay=-1", "sft.optimizer.b1=1", "sft.optimizer.b2=-0.1", "sft.optimizer.eps=0",
-    "sft.optimizer.clip_norm=0", "preferences.pairs_per_prompt=0", "preferences.response.temperature=0",
+    "sft.optimizer.clip_norm=0", "preferences.responses_per_prompt=1", "preferences.response.temperature=0",
     "preferences.labelers=", "preferences.labelers=options,options", "preferences.labelers=opinions",
     "judge.also=options", "judge.also=rating,rating", "judge.also=rater", "judge.minimum_accuracy=0.49",
     "judge.minimum_accuracy=1", "judge.pleas=-1", "judge.principles=some", "judge.on_failure=warn",

@@ -1,7 +1,7 @@
 """The programs of each stage, with what the stage holds in memory while they run."""
 
 from dataclasses import replace
-from math import ceil
+from math import ceil, comb
 
 import jax
 
@@ -79,13 +79,19 @@ def _sft(run: Run) -> list[Program]:
     return [*sampler_programs(run, "sft", model, base, size(base), load), train]
 
 
+def _pairs(run: Run) -> int:
+    """How many pairs `preferences` makes: each two responses of a prompt."""
+    return run.workload.rows("red_team", "helpful") * comb(run.config.preferences.responses_per_prompt, 2)
+
+
 def _preferences(run: Run) -> list[Program]:
     settings, base = run.config.preferences, run.params(run.models["model.source"], "policy")
     policy, judge = run.models["preferences.policy"], run.models["preferences.judge"]
-    pairs = run.workload.rows("red_team", "helpful") * settings.pairs_per_prompt
+    pairs = _pairs(run)
     prompt, answer = run.workload.tokens("red_team", "helpful"), settings.response.max_new_tokens
     slots = run.config.sampler.rows
-    answers = Load.of(slots, pairs, 2 * answer, prompt, prompt + answer / 2)
+    prompts, responses = run.workload.rows("red_team", "helpful"), settings.responses_per_prompt
+    answers = Load.of(slots, prompts, responses * answer, prompt, prompt + answer / 2)
     principles = settings.principles or run.workload.principles
     asked = settings.labelers, 2 if settings.orders == "both" else 1, principles
     new_tokens, prefilled = _label_tokens(run, *asked, prompt, 2 * answer)
@@ -130,7 +136,7 @@ def _reward_model(run: Run) -> list[Program]:
     settings = run.config.reward_model
     model = replace(run.models["reward_model.start"], score_heads=settings.heads)
     start = run.params(model, "reward")
-    pairs = run.workload.rows("red_team", "helpful") * run.config.preferences.pairs_per_prompt
+    pairs = _pairs(run)
     held_out = ceil(settings.held_out * pairs)
     shape = settings.batch_size, settings.max_length
     batch = run.rows({
@@ -275,7 +281,7 @@ def _score(run: Run, stage: str, reference, value, reward, prompt: int, held: in
 def _dpo(run: Run) -> list[Program]:
     settings, model = run.config.dpo, run.models["dpo.policy"]
     start = run.params(model, "policy")
-    pairs = run.workload.rows("red_team", "helpful") * run.config.preferences.pairs_per_prompt
+    pairs = _pairs(run)
     held_out = ceil(settings.held_out * pairs)
     shape = settings.batch_size, settings.max_length
     batch = run.rows({

@@ -1,9 +1,12 @@
-"""AI labels (Bai et al. 2022, section 4.1): two responses of the SL-CAI model, compared under drawn principles.
+"""AI labels (Bai et al. 2022, section 4.1): responses of the SL-CAI model, two by two compared under drawn principles.
+
+With more than two responses a prompt each two of them are a pair (Ouyang et al. 2022, arXiv 2203.02155, section 3.5).
 
 Labelers give log-odds; those of several are averaged. A pair on which none has an opinion is skipped by name: every row
 has a label. Filters then say which rows are fit to train on; the others stay, with the name of the filter.
 """
 
+import itertools
 from collections import Counter
 
 import numpy as np
@@ -15,7 +18,7 @@ from cai_jax.labelers.judge import TOO_LONG, Judge
 from cai_jax.labelers.opinion import Pair
 from cai_jax.labelers.vote import agreement
 from cai_jax.models.pretrained import check_model
-from cai_jax.sampler import Generate
+from cai_jax.sampler import several
 from cai_jax.stages import labelling
 from cai_jax.stages.critique_revision import count_flags
 from cai_jax.stages.rows import make_rows, mean, messages_of, sample_dict, unfinished, usable_prompts, watch
@@ -53,36 +56,48 @@ def _no_room(name: str, limit: int, judge) -> UserError:
 
 
 def _sample_pairs(context, folder):
-    """Rows with two responses each, by the SL-CAI model."""
+    """Rows with two responses each, by the SL-CAI model; a shard holds the pairs of `rows_per_shard` prompts."""
     settings = context.config.preferences
     policy = context.load_from("sft", settings.policy)
     sampler = context.sampler(policy)
     prompts, skipped = [], []
     for name in PROMPTS:
         usable, unusable = usable_prompts(sampler, context.prompts[name], settings.response.max_new_tokens)
-        prompts += [(prompt, n) for prompt in usable for n in range(settings.pairs_per_prompt)]
+        prompts += usable
         skipped += unusable
 
-    def answer_twice(item):
-        prompt, n = item
-        sides = []
-        for side in "ab":
-            seed = context.row_seed(STAGE, prompt.id, n, side)
-            sides.append((yield Generate(messages_of(prompt), settings.response, seed)))
-        return {
-            "id": prompt.id if n == 0 else f"{prompt.id}/{n}",
-            "prompt_id": prompt.id,
-            "category": prompt.category,
-            "messages": messages_of(prompt),
-            "response_a": sample_dict(sides[0]),
-            "response_b": sample_dict(sides[1]),
-            "provenance": context.provenance(STAGE, policy),
-        }
+    def answer(prompt):
+        seeds = [context.row_seed(STAGE, prompt.id, n) for n in range(settings.responses_per_prompt)]
+        return prompt, (yield from several(messages_of(prompt), settings.response, seeds))
+
+    def pairs_of(answered):
+        return [
+            _pair(context, policy, prompt, samples, sides)
+            for prompt, samples in answered
+            for sides in itertools.combinations(range(len(samples)), 2)
+        ]
 
     left = unfinished(folder, "pairs", len(prompts), settings.rows_per_shard)
-    with context.progress.task("preferences: responses", len(prompts), "pairs", done=len(prompts) - left) as task:
+    with context.progress.task("preferences: responses", len(prompts), "prompts", done=len(prompts) - left) as task:
         watch(sampler, task)
-        return make_rows(folder, "pairs", prompts, settings.rows_per_shard, lambda: sampler, answer_twice), skipped
+        pairs = make_rows(
+            folder, "pairs", prompts, settings.rows_per_shard, lambda: sampler, answer, finish=pairs_of
+        )
+    return pairs, skipped
+
+
+def _pair(context, policy, prompt, samples, sides) -> dict:
+    """The row of two of a prompt's responses, by their places in the order of sampling."""
+    first, second = (samples[side] for side in sides)
+    return {
+        "id": prompt.id if len(samples) == 2 else f"{prompt.id}/{sides[0]}-{sides[1]}",
+        "prompt_id": prompt.id,
+        "category": prompt.category,
+        "messages": messages_of(prompt),
+        "response_a": sample_dict(first),
+        "response_b": sample_dict(second),
+        "provenance": context.provenance(STAGE, policy),
+    }
 
 
 def _label(context, folder, pairs):
