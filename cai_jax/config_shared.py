@@ -35,6 +35,7 @@ class PromptSet:
     prompt: str = "prompt"  # column: a text, or a list of {role, content} (multi-turn context)
     id: str = "id"  # column; rows without one are numbered
     category: str = "category"  # column; rows without one have category ""
+    answer: str = "answer"  # column: a good answer, by which `evaluate` measures helpfulness; rows may have none
     limit: int = 0  # the first so many rows, spread over categories; 0: all
 
 

@@ -17,16 +17,20 @@ from cai_jax.provenance import content_hash
 
 ROLES = ("system", "user", "assistant")
 _TRANSCRIPT_TURN = re.compile(r"\n\n(Human|Assistant):")
-_OPTIONAL_COLUMNS = {"id": "id", "category": "category"}  # defaults that data may lack without a word
+_OPTIONAL_COLUMNS = {"id": "id", "category": "category", "answer": "answer"}  # data may lack them
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """A conversation that waits for an answer: `messages` are {role, content} and end with a user turn."""
+    """A conversation that waits for an answer: `messages` are {role, content} and end with a user turn.
+
+    `answer` is a good one that came with it, "" where none did.
+    """
 
     id: str
     category: str
     messages: tuple[dict[str, str], ...]
+    answer: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +136,7 @@ def check_disjoint(train: Mapping[str, PromptRows], evaluation: Mapping[str, Pro
 
 def _check_columns(records: list[dict], prompt_set: config.PromptSet, where: str) -> None:
     columns = list(dict.fromkeys(column for record in records for column in record))
-    for field in ("prompt", "id", "category"):
+    for field in ("prompt", "id", "category", "answer"):
         wanted = getattr(prompt_set, field)
         if wanted not in columns and _OPTIONAL_COLUMNS.get(field) != wanted:
             raise UserError(f"{where}: no column {wanted!r} for {field}{nearest(wanted, columns)}")
@@ -163,6 +167,7 @@ def _usable(
         try:
             row_id = label_of(record.get(prompt_set.id), "id") or fallback_id
             category = label_of(record.get(prompt_set.category), "category")
+            answer = label_of(record.get(prompt_set.answer), "answer")
             messages = messages_of_prompt(record.get(prompt_set.prompt))
             key = conversation_key(messages)
             if row_id in row_of_id:
@@ -174,7 +179,7 @@ def _usable(
             continue
         row_of_id[row_id] = number
         id_of_conversation[key] = row_id
-        prompts.append(Prompt(row_id, category, messages))
+        prompts.append(Prompt(row_id, category, messages, answer))
     return prompts, skipped
 
 

@@ -405,12 +405,16 @@ def test_hash_follows_content_and_order(tmp_path):
         [{**rows[0], "category": "c"}, rows[1]],
         [{**rows[0], "id": "3"}, rows[1]],
         [{**rows[0], "prompt": "A"}, rows[1]],
+        [{**rows[0], "answer": "b"}, rows[1]],
     ]
     hashes = [load(write_jsonl(tmp_path / f"{i}.jsonl", rows)).hash for i, rows in enumerate(variants)]
     assert len(set(hashes)) == len(variants)
     unused = [{"extra": 1, **row} for row in rows] + [{"id": "4", "prompt": ""}]
     assert load(write_jsonl(tmp_path / "same.jsonl", unused)).hash == hashes[0]
-    said = [{"category": "", "id": r["id"], "messages": [{"content": r["prompt"], "role": "user"}]} for r in rows]
+    said = [
+        {"answer": "", "category": "", "id": row["id"], "messages": [{"content": row["prompt"], "role": "user"}]}
+        for row in rows
+    ]
     canonical = json.dumps(said, sort_keys=True, separators=(",", ":"))
     assert hashes[0] == hashlib.sha256(canonical.encode()).hexdigest()
 

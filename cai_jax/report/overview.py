@@ -46,6 +46,13 @@ BEHAVIOUR = [
 ]
 
 
+# Of the prompts that came with a good answer; a set without one has no row.
+REFERENCES = [
+    ("reference_nll", "Loss on good answers", "those that came with prompts; nats a token, lower is better", number),
+    ("reference_nll_change", "Change of that loss", "against the base, as a share of its loss", percent),
+]
+
+
 def _texts(run: Run) -> list:
     """The measures of the texts, with what the config says of the reward model and of the draws."""
     return [
@@ -53,6 +60,7 @@ def _texts(run: Run) -> list:
         ("repetition", "Repetition", "mean share of repeated text", number),
         ("reward", "Reward", f"score of {_reward_model(run, 'evaluate')}, mean", number),
         ("kl", "Log-ratio to base", _log_ratio(run), number),
+        *REFERENCES,
     ]
 
 
@@ -146,11 +154,14 @@ def _measures(models: dict, measures: list, auroc: bool = False) -> Html:
     head = el("tr", el("th", "prompts"), [el("th", MODELS[model], class_="number") for model in models])
     body = []
     for key, heading, meaning, form in measures:
-        body.append(_group_row(heading, meaning, len(models)))
-        for name, label in SETS.items():
-            body.append(
-                _row(label, [verdicts.of_set(found, name).get(key) for found in models.values()], form)
-            )
+        rows = {
+            label: [verdicts.of_set(found, name).get(key) for found in models.values()] for name, label in SETS.items()
+        }
+        if (key, heading, meaning, form) in REFERENCES:
+            rows = {label: intervals for label, intervals in rows.items() if any(part(x, "n") for x in intervals)}
+        if rows:
+            body.append(_group_row(heading, meaning, len(models)))
+            body += [_row(label, intervals, form) for label, intervals in rows.items()]
     if auroc:
         body.append(
             _group_row("Margin AUROC", "0.5: the model cannot tell unsafe from safe prompts", len(models))

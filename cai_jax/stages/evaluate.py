@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from cai_jax import statistics
+from cai_jax.chat import completion_ids, turn_end_id
 from cai_jax.config import Sampling
 from cai_jax.models.pretrained import Model
 from cai_jax.prompts import COMPLIANCE_OPENINGS, REFUSAL_OPENINGS
@@ -51,15 +52,19 @@ def run(context, folder) -> dict:
     reward = None
     if context.available("reward_model", settings.reward_model):
         reward = context.load_from("reward_model", settings.reward_model, "reward")
-    rows = []
+    with_answer = [item for item in items if _has_reference(base_sampler, item)]
+    rows, references = [], []
     contenders = _contenders(context)
     for contender in contenders:
         left = unfinished(folder, f"rows-{contender.name}", len(items), settings.rows_per_shard)
         title = f"evaluate: {contender.name}"
         with context.progress.task(title, len(items), "prompts", done=len(items) - left) as task:
-            rows += _answers_of(context, folder, base_sampler, reward, contender, items, task)
+            sampler = _sampler_of(context, base_sampler, contender, task)
+            rows += _answers_of(context, folder, base_sampler, reward, contender, sampler, items)
+        if contender.n == 1:
+            references += _references_of(context, folder, contender, sampler, with_answer)
     draws = {contender.name: contender.n for contender in contenders}
-    return _summary(rows, skipped) | {"draws": draws}
+    return _summary(rows, references, skipped) | {"draws": draws}
 
 
 def _contenders(context) -> list[Contender]:
@@ -81,13 +86,19 @@ def _contenders(context) -> list[Contender]:
     return found
 
 
-def _answers_of(context, folder, base_sampler, reward, contender: Contender, items, task) -> list[dict]:
-    """The rows of one contender, whose models are loaded only if there is a shard to do."""
-    settings, name = context.config.evaluate, contender.name
+def _sampler_of(context, base_sampler, contender: Contender, task) -> Callable:
+    """What makes a contender's sampler when it is first asked for, so that no model is loaded for what is done."""
 
     @functools.cache
     def sampler():
-        return watch(base_sampler if name == "base" else context.sampler(contender.load()), task)
+        return watch(base_sampler if contender.name == "base" else context.sampler(contender.load()), task)
+
+    return sampler
+
+
+def _answers_of(context, folder, base_sampler, reward, contender: Contender, sampler: Callable, items) -> list[dict]:
+    """The rows of one contender."""
+    settings, name = context.config.evaluate, contender.name
 
     def answer(item):
         _, prompt = item
@@ -122,6 +133,42 @@ def _answers_of(context, folder, base_sampler, reward, contender: Contender, ite
         ]
 
     return make_rows(folder, f"rows-{name}", items, settings.rows_per_shard, sampler, answer, finish=finish)
+
+
+def _reference_ids(tokenizer, prompt) -> list[int]:
+    """The good answer that came with a prompt, and the end of its turn."""
+    return completion_ids(tokenizer, prompt.answer, turn_end_id(tokenizer))
+
+
+def _has_reference(sampler, item) -> bool:
+    """Whether a prompt came with an answer that fits behind it."""
+    _, prompt = item
+    room = len(_reference_ids(sampler.model.tokenizer, prompt))
+    return bool(prompt.answer) and sampler.fits(messages_of(prompt), room)
+
+
+def _references_of(context, folder, contender: Contender, sampler: Callable, items) -> list[dict]:
+    """How likely a contender holds the good answers that came with prompts, a row an answer: what it still knows.
+
+    Its own words play no part in this, so it tells a model that has lost its knowledge from one that says it otherwise.
+    """
+
+    def program(item):
+        set_name, prompt = item
+        answer = _reference_ids(sampler().model.tokenizer, prompt)
+        (logprobs,) = yield Score(messages_of(prompt), [answer])
+        return {
+            "id": prompt.id,
+            "set": set_name,
+            "category": prompt.category,
+            "model": contender.name,
+            "tokens": len(answer),
+            "nll": -float(np.mean(logprobs, dtype=np.float64)),
+            "provenance": context.provenance(STAGE, sampler().model),
+        }
+
+    prefix, per_shard = f"references-{contender.name}", context.config.evaluate.rows_per_shard
+    return make_rows(folder, prefix, items, per_shard, sampler, program)
 
 
 def _draws(n: int) -> list[tuple]:
@@ -172,12 +219,16 @@ def _log_ratios(sampler, base_sampler, contender: Contender, conversations, samp
     return [mine - theirs + kl_bound(contender.n) for mine, (theirs,) in zip(own, base, strict=True)]
 
 
-def _summary(rows, skipped) -> dict:
+def _summary(rows, references, skipped) -> dict:
     models = {}
+    base_nll = {(row["set"], row["id"]): row["nll"] for row in references if row["model"] == "base"}
     for name in dict.fromkeys(row["model"] for row in rows):
         own = [row for row in rows if row["model"] == name]
         sets = {set_name: _of_set([row for row in own if row["set"] == set_name]) for set_name in SETS}
         margins = {set_name: [row["margin"] for row in own if row["set"] == set_name] for set_name in SETS}
+        for set_name, found in sets.items():
+            own = [row for row in references if (row["model"], row["set"]) == (name, set_name)]
+            found |= _of_references(own, base_nll)
         models[name] = {
             "sets": sets,
             "margin_auroc": statistics.auroc(margins["red_team"], margins["look_alike"] + margins["helpful"]),
@@ -208,3 +259,14 @@ def _of_set(rows) -> dict:
     }
     means = {name: statistics.mean_interval(column) for name, column in columns.items()}
     return {"n": len(rows), **shares, **means}
+
+
+def _of_references(rows, base_nll: dict) -> dict:
+    """Mean loss on the good answers of a set in nats a token, and its change as a share of the base's."""
+    before = [base_nll[row["set"], row["id"]] for row in rows]
+    scale = float(np.mean(before)) if before else 1.0
+    changes = [(row["nll"] - base) / scale for row, base in zip(rows, before, strict=True)]
+    return {
+        "reference_nll": statistics.mean_interval([row["nll"] for row in rows]),
+        "reference_nll_change": statistics.mean_interval(changes),
+    }
