@@ -36,6 +36,7 @@ class PromptSet:
     id: str = "id"  # column; rows without one are numbered
     category: str = "category"  # column; rows without one have category ""
     answer: str = "answer"  # column: a good answer, by which `evaluate` measures helpfulness; rows may have none
+    more: tuple[str, ...] = ()  # PATH or PATH:SPLIT of further sets with the same columns, whose rows come after these
     limit: int = 0  # the first so many rows, spread over categories; 0: all
 
 

@@ -18,6 +18,7 @@ from cai_jax.prompt_sets import (
     conversation_key,
     label_of,
     merged,
+    path_and_split,
     rows_of_split,
     turn_of,
 )
@@ -79,9 +80,7 @@ def load_conversations(source: str, evaluation: Mapping[str, PromptRows]) -> Con
     name. Raises UserError (one line: what, where, how to mend) for a set that is missing, malformed or not usable.
     """
     where = f"sft.mixer ({source})"
-    path, _, split = source.rpartition(":")
-    if not path or Path(source).expanduser().exists():
-        path, split = source, ""
+    path, split = path_and_split(source)
     records, split = read_records(config.PromptSet(path, split=split), where)
     if not any("messages" in record for record in records):
         columns = ", ".join(dict.fromkeys(column for record in records for column in record)) or "none"

@@ -8,6 +8,7 @@ import dataclasses
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from cai_jax import config
@@ -59,6 +60,28 @@ def load_prompts(prompt_set: config.PromptSet, name: str) -> PromptRows:
     where = f"prompts.{name} ({prompt_set.path})"
     if prompt_set.limit < 0:
         raise UserError(f"{where}: limit is {prompt_set.limit}; give 0 for all rows, or a positive number")
+    found = _load_one(prompt_set, name, where)
+    for source in prompt_set.more:
+        path, split = path_and_split(source)
+        where = f"prompts.{name}.more ({source})"
+        more = _load_one(dataclasses.replace(prompt_set, path=path, split=split), name, where)
+        ids = {prompt.id for prompt in found.rows}
+        if any(prompt.id in ids for prompt in more.rows):
+            more = _with_prefix(more, f"{Path(path).name.removeprefix('shipped:')}/")
+        found = joined(found, more)
+    return _prompt_rows(_spread(found.rows, prompt_set.limit), found.skipped) if prompt_set.limit else found
+
+
+def path_and_split(source: str) -> tuple[str, str]:
+    """The two parts of PATH or PATH:SPLIT, the split "" where there is none; a shipped set has a colon of its own."""
+    path, _, split = source.rpartition(":")
+    if path in ("", "shipped") or Path(source).expanduser().exists():
+        return source, ""
+    return path, split
+
+
+def _load_one(prompt_set: config.PromptSet, name: str, where: str) -> PromptRows:
+    """The usable rows of one path."""
     records, split = read_records(prompt_set, where)
     if not records:
         raise UserError(f"{where} is empty; give a set with at least one row")
@@ -72,8 +95,6 @@ def load_prompts(prompt_set: config.PromptSet, name: str) -> PromptRows:
             f"{where}: none of {len(numbered)} rows can be used (first: {skipped[0]['id']}: "
             f"{skipped[0]['reason']}); check the column {prompt_set.prompt!r}"
         )
-    if prompt_set.limit:
-        prompts = _spread(prompts, prompt_set.limit)
     return _prompt_rows(prompts, skipped)
 
 
@@ -93,7 +114,7 @@ def _with_prefix(prompts: PromptRows, prefix: str) -> PromptRows:
     return _prompt_rows(rows, [row | {"id": prefix + row["id"]} for row in prompts.skipped])
 
 
-def _prompt_rows(prompts: list[Prompt], skipped: list[dict[str, str]]) -> PromptRows:
+def _prompt_rows(prompts: list[Prompt], skipped: Sequence[dict[str, str]]) -> PromptRows:
     return PromptRows(tuple(prompts), tuple(skipped), content_hash([dataclasses.asdict(prompt) for prompt in prompts]))
 
 
@@ -264,7 +285,7 @@ def conversation_key(messages: Sequence[dict[str, str]]) -> tuple:
     return tuple((turn["role"], " ".join(turn["content"].casefold().split())) for turn in messages)
 
 
-def _spread(prompts: list[Prompt], limit: int) -> list[Prompt]:
+def _spread(prompts: Sequence[Prompt], limit: int) -> list[Prompt]:
     """One of each category in turn until there are `limit`; given back in file order."""
     turn_of_category: dict[str, int] = {}
     rank = []

@@ -14,7 +14,7 @@ from cai_jax import config
 from cai_jax.errors import UserError
 from cai_jax.prompt_sets import check_disjoint, load_prompts, with_unique_ids
 
-SHIPPED = {"red_team": (256, 0.3), "helpful": (256, 0.3), "look_alike": (96, 0.6)}  # rows at least, eval share
+SHIPPED = {"red_team": (256, 0.3), "helpful": (256, 0.3), "look_alike": (256, 0.24)}  # rows at least, eval share
 ROWS = [
     {"id": "a", "category": "x", "split": "train", "prompt": "What is a 'loom'?\nIn short, please."},
     {"id": "b", "category": "y", "split": "train", "prompt": "NA"},
@@ -445,3 +445,24 @@ def test_ids_that_stand_in_two_sets_get_the_name_of_their_set(tmp_path):
     assert with_unique_ids({"a": sets["a"]}) == {"a": sets["a"]}
     shipped = load("shipped:red_team")
     assert with_unique_ids({"a": sets["a"], "red_team": shipped})["red_team"] is shipped
+
+
+def test_sets_are_joined_and_a_prompt_that_stands_in_both_comes_once(tmp_path):
+    first = write_jsonl(tmp_path / "first.jsonl", [{"id": "1", "prompt": "a"}, {"id": "2", "prompt": "b"}])
+    second = [{"id": "1", "prompt": "B ", "split": "train"}, {"id": "2", "prompt": "c", "split": "train"},
+              {"id": "3", "prompt": "d", "split": "eval"}]  # fmt: skip
+    source = f"{write_jsonl(tmp_path / 'second.jsonl', second)}:train"
+    rows = load_prompts(config.PromptSet(str(first), more=(source, "shipped:look_alike:eval")), "red_team").rows
+    assert [row.id for row in rows[:3]] == ["1", "2", "second.jsonl/2"]
+    assert [row.messages[0]["content"] for row in rows[:3]] == ["a", "b", "c"]
+    assert len(rows) == 3 + 64 and all(row.id.startswith("la-") for row in rows[3:])
+    few = load_prompts(config.PromptSet(str(first), more=(source,), limit=2), "red_team").rows
+    assert [row.id for row in few] == ["1", "2"]
+
+
+def test_a_further_set_that_cannot_be_read_is_named(tmp_path):
+    first = write_jsonl(tmp_path / "first.jsonl", [{"id": "1", "prompt": "a"}])
+    with pytest.raises(UserError, match=r"prompts.red_team.more \(nowhere.jsonl:train\): no such file or folder"):
+        load_prompts(config.PromptSet(str(first), more=("nowhere.jsonl:train",)), "red_team")
+    with pytest.raises(UserError, match=r"more \(shipped:look_alike:trial\): no row has split 'trial'"):
+        load_prompts(config.PromptSet(str(first), more=("shipped:look_alike:trial",)), "red_team")
