@@ -23,6 +23,12 @@ STAGES = (
     "evaluate",
 )  # fmt: skip
 OPTIONAL = ("red_team", "judge", "dpo", "best_of_n", "grpo")  # stages that a run has where its config names them
+# What a round of critique and revision is flagged for, and which of it makes a text no revision at all.
+ROUND_FLAGS = (
+    "critique_truncated", "critique_empty", "revision_truncated", "revision_empty", "revision_unchanged",
+    "revision_copies_critique", "revision_degenerate",
+)  # fmt: skip
+NO_REVISIONS = ("revision_unchanged", "revision_copies_critique", "revision_degenerate")
 ALARMS = ("kl", "refusal", "degenerate", "length", "boilerplate", "divergence")  # of the monitors
 
 
@@ -48,6 +54,7 @@ class CritiqueRevision:
     """SL-CAI data: response, then rounds of critique and revision (Bai et al. 2022, section 3)."""
 
     rounds: int = 4
+    principles: str = "drawn"  # for a round: drawn, one of all; matched, one of the prompt's category where it has any
     response: Sampling = Sampling(max_new_tokens=128)
     critique: Sampling = Sampling(max_new_tokens=96)
     revision: Sampling = Sampling(max_new_tokens=128)
@@ -61,6 +68,7 @@ class Sft:
     """Fine-tuning on the revisions of every round plus the model's own helpful answers."""
 
     mixer: tuple[str, ...] = ()  # SET=FRACTION of revisions, helpful, sets of conversations; (): all of the first two
+    drop: tuple[str, ...] = NO_REVISIONS  # revisions that are not learnt from, by the flags of their rounds
     epochs: int = 1
     batch_size: int = 8  # packed sequences a step
     microbatches: int = 1

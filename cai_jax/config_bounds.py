@@ -103,10 +103,11 @@ BOUNDS = {
         "rows_per_shard": _at_least(1),
     },
     c.CritiqueRevision: {
-        "rounds": _at_least(1), "critic": _OURS_OR_EXTERNAL, "reviser": _OURS_OR_EXTERNAL,
-        "rows_per_shard": _at_least(1),
+        "rounds": _at_least(1), "principles": _one_of("drawn", "matched"),
+        "critic": _OURS_OR_EXTERNAL, "reviser": _OURS_OR_EXTERNAL, "rows_per_shard": _at_least(1),
     },  # fmt: skip
     c.Sft: {
+        "drop": ((lambda value: set(value) <= set(c.ROUND_FLAGS)), "some of " + ", ".join(c.ROUND_FLAGS)),
         "epochs": _at_least(1),
         "batch_size": _at_least(1),
         "microbatches": _at_least(1),

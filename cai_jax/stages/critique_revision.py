@@ -1,6 +1,6 @@
 """SL-CAI data (Bai et al. 2022, section 3): a response, then rounds of critique and revision.
 
-In each round one principle is drawn for each row; the critique and the revision are of the newest revision. Every
+In each round a principle is drawn for each row; the critique and the revision are of the newest revision. Every
 revision is kept. A prompt whose context holds no round is skipped by name: every row has a revision. Critiques and
 revisions may come from the model at the endpoint.
 """
@@ -16,6 +16,7 @@ from cai_jax.prompts import critique_preamble, critique_request, quoted_request,
 from cai_jax.rules import explain, satisfies
 from cai_jax.sampler import Generate
 from cai_jax.stages.rows import make_rows, mean, messages_of, sample_dict, unfinished, usable_prompts, watch
+from cai_jax.text_metrics import KINDS, classify_response
 
 STAGE = "critique_revision"
 
@@ -87,7 +88,7 @@ def _chain(context, sampler, preamble, prompt):
     row = _first(context, prompt, response)
     newest, room = response.text, settings.critique.max_new_tokens + settings.revision.max_new_tokens
     for number in range(1, settings.rounds + 1):
-        principle = draw_principle(context, STAGE, prompt.id, number)
+        principle = _principle(context, prompt, number)
         if not sampler.fits(revision_request(messages, newest, principle, ""), room, preamble):
             row["flags"]["context_full"] = True
             break
@@ -116,6 +117,7 @@ def _chain(context, sampler, preamble, prompt):
             "principle_hash": principle.hash,
             "critique": critique,
             "revision": revision,
+            "kind": classify_response(revision["text"]),
             "flags": _round_flags(newest, critique, revision),
         })  # fmt: skip
         newest = revision["text"]
@@ -142,6 +144,7 @@ def _first(context, prompt, response) -> dict:
         "category": prompt.category,
         "messages": messages_of(prompt),
         "response": sample_dict(response),
+        "kind": classify_response(response.text),
         "rounds": [],
         "flags": {
             "response_truncated": response.truncated,
@@ -158,10 +161,12 @@ def _first(context, prompt, response) -> dict:
     return row
 
 
-def draw_principle(context, stage: str, row_id: str, *rest):
-    """One principle of the constitution, drawn uniformly with the key of the row."""
+def _principle(context, prompt, number: int):
+    """The principle of a round, drawn from all, or from those of the prompt's category where it has any."""
     principles = context.constitution.principles
-    return principles[context.row_seed(stage, row_id, *rest, "principle") % len(principles)]
+    if context.config.critique_revision.principles == "matched":
+        principles = [each for each in principles if each.category == prompt.category] or principles
+    return principles[context.row_seed(STAGE, prompt.id, number, "principle") % len(principles)]
 
 
 def _round_flags(newest, critique, revision) -> dict[str, bool]:
@@ -173,6 +178,7 @@ def _round_flags(newest, critique, revision) -> dict[str, bool]:
         "revision_empty": not revised,
         "revision_unchanged": revised == newest.strip(),
         "revision_copies_critique": bool(written) and revised == written,
+        "revision_degenerate": classify_response(revised) == "degenerate",
     }
 
 
@@ -223,8 +229,17 @@ def _summary(context, rows, skipped, roomless) -> dict:
             "revision": [mean(e["revision"]["tokens"] for e in rounds if e["round"] == n) for n in by_round],
         },
         "principles": principles,
+        "kinds": {
+            "response": _kinds(rows),
+            "revision": [_kinds([entry for entry in rounds if entry["round"] == number]) for number in by_round],
+        },
         "checks": checks(context.constitution.principles, rows),
     }
+
+
+def _kinds(holders) -> dict[str, int]:
+    """How many texts of rows or rounds are of each kind; zeros too."""
+    return {kind: sum(holder["kind"] == kind for holder in holders) for kind in KINDS}
 
 
 def _endpoint_summary(context, rows, rounds) -> dict:

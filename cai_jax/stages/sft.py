@@ -23,6 +23,7 @@ def run(context, folder) -> dict:
     """Sample the helpful answers, train, export `model/`; returns the summary of the stage."""
     settings = context.config.sft
     counters, skipped = {"empty_completion": 0, "truncated_completion": 0, "too_long": 0}, []
+    counters |= {f"dropped/{flag}": 0 for flag in settings.drop}
     kept, mixer = {}, parse_mixer(settings.mixer)
     if "revisions" in mixer:
         kept["revisions"] = _revisions(context, counters, skipped)
@@ -57,12 +58,19 @@ def run(context, folder) -> dict:
 
 
 def _revisions(context, counters, skipped) -> list[Example]:
-    """The revisions of every round; UserError where not one can be used, before anything else is computed."""
-    rows = {
-        f"{row['id']}/round-{entry['round']}": (row["messages"], entry["revision"])
-        for row in context.folder("critique_revision").read_shards()
-        for entry in row["rounds"]
-    }
+    """The revisions of every round that `sft.drop` leaves; UserError where not one can be used, before any compute."""
+    rows = {}
+    for row in context.folder("critique_revision").read_shards():
+        for entry in row["rounds"]:
+            row_id = f"{row['id']}/round-{entry['round']}"
+            if reasons := [flag for flag in context.config.sft.drop if entry["flags"][flag]]:
+                counters[f"dropped/{reasons[0]}"] += 1
+                skipped.append({"id": row_id, "reason": reasons[0].replace("_", " ")})
+            else:
+                rows[row_id] = row["messages"], entry["revision"]
+    if not rows:
+        raise UserError(f"sft: sft.drop ({', '.join(context.config.sft.drop)}) leaves no revision; drop less, or see "
+                        "critique_revision/summary.json for what the revisions are")
     drawn = draw(list(rows), parse_mixer(context.config.sft.mixer)["revisions"], context.config.seed, "revisions")
     revisions = [(row_id, *row) for row_id, row in rows.items() if row_id in drawn]
     examples = _examples(context, revisions, counters, skipped)

@@ -1,12 +1,13 @@
 """The door: whatever a stage cannot use is refused before a stage runs and before `--fresh` discards anything."""
 
 import json
+from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
-from cai_jax.config import STAGES
+from cai_jax.config import ROUND_FLAGS, STAGES
 from cai_jax.errors import UserError
 from cai_jax.models.byte_tokenizer import byte_tokenizer
 from cai_jax.models.pretrained import load_model, save_model
@@ -273,7 +274,10 @@ def sft_context(tmp_path, *revisions):
     messages = [{"role": "user", "content": "Hello"}]
     folder = StageFolder(tmp_path, "critique_revision")
     folder.write_shard(0, 1, [
-        {"id": f"rt-{n}", "messages": messages, "rounds": [{"round": 1, "revision": revision}]}
+        {"id": f"rt-{n}", "messages": messages, "rounds": [{
+            "round": 1, "revision": revision,
+            "flags": {flag: flag == revision.get("flagged") for flag in ROUND_FLAGS},
+        }]}
         for n, revision in enumerate(revisions)
     ])  # fmt: skip
     return SimpleNamespace(
@@ -288,6 +292,16 @@ def test_an_empty_revision_is_named_and_the_rest_is_used(tmp_path):
     assert [row["id"] for row in skipped] == ["rt-0/round-1", "rt-2/round-1"]
     assert skipped[0]["reason"] == "empty completion" and "sft.sequence_length=256" in skipped[1]["reason"]
     assert counters == {"empty_completion": 1, "truncated_completion": 0, "too_long": 1}
+
+
+def test_what_is_no_revision_is_dropped_by_name(tmp_path):
+    counters, skipped = Counter(), []
+    flagged = [completion() | {"flagged": flag} for flag in ("revision_unchanged", "revision_truncated", "")]
+    examples = sft._revisions(sft_context(tmp_path, *flagged), counters, skipped)
+    assert len(examples) == 2 and counters["dropped/revision_unchanged"] == 1
+    assert skipped == [{"id": "rt-0/round-1", "reason": "revision unchanged"}]
+    with pytest.raises(UserError, match="sft: sft.drop .revision_unchanged, .* leaves no revision"):
+        sft._revisions(sft_context(tmp_path / "none", flagged[0]), counters, skipped)
 
 
 def test_nothing_is_sampled_or_trained_where_no_revision_can_be_used(tmp_path):

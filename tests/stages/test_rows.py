@@ -2,11 +2,12 @@
 
 import json
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
-from cai_jax.config import Config, CritiqueRevision, Model, Preferences, Sampling
+from cai_jax.config import ROUND_FLAGS, Config, CritiqueRevision, Model, Preferences, Sampling
 from cai_jax.config import Sampler as SamplerShape
 from cai_jax.constitution import load_constitution
 from cai_jax.errors import UserError
@@ -213,3 +214,31 @@ def test_revisions_are_held_to_the_rules_that_a_program_can_check():
     assert "at most 20 words" in brief["rule"]
     assert json.dumps(found)
     assert checks(load_constitution("harmless_helpful").principles, []) == {}
+
+
+def test_principles_can_be_matched_to_the_category_of_a_prompt(tmp_path):
+    prompts = prompt_rows(*(f"p{i}" for i in range(12)))
+    rows = [replace(prompt, category="cyber" if i % 2 else "gardening") for i, prompt in enumerate(prompts.rows)]
+    told = context(CannedSampler(answers_of_a_chain), replace(prompts, rows=tuple(rows)))
+    told.constitution = load_constitution("harmless_helpful")
+    settings = replace(told.config.critique_revision, principles="matched")
+    told.config = replace(told.config, critique_revision=settings)
+    folder = StageFolder(tmp_path, "critique_revision")
+    critique_revision.run(told, folder)
+    used = {"cyber": set(), "gardening": set()}
+    for row in folder.read_shards():
+        used[row["category"]] |= {entry["principle"] for entry in row["rounds"]}
+    assert used["cyber"] == {"no_break_in_by_computer"} and len(used["gardening"]) > 3
+
+
+def test_kinds_are_counted_for_responses_and_for_the_revisions_of_each_round(tmp_path):
+    declined = ("I can't help with that.", "I won't help you do it. Ask a locksmith.")
+    texts = iter(["Take a crowbar.", "Yes.", declined[0], "Yes.", declined[1], "Gladly.", "No.", "", "No.", "no " * 30])
+    folder = StageFolder(tmp_path, "critique_revision")
+    told = context(CannedSampler(lambda request: sample(next(texts))), prompt_rows("a", "b"))
+    summary = critique_revision.run(told, folder)
+    none = dict.fromkeys(("refusal", "answer", "degenerate", "empty"), 0)
+    assert summary["kinds"]["response"] == none | {"answer": 2}
+    assert summary["kinds"]["revision"] == [none | {"refusal": 1, "empty": 1}, none | {"refusal": 1, "degenerate": 1}]
+    flags = folder.read_shards()[0]["rounds"][0]["flags"]
+    assert tuple(flags) == ROUND_FLAGS and summary["counters"]["revision_degenerate"] == 1
