@@ -55,7 +55,7 @@ def main() -> int:
         run_dir = options.folder / "without-kl"
         launch(
             run_dir, f"seed={options.seeds[0]}", "stages=ppo", "ppo.kl_coef=0", "monitor.stop=",
-            "ppo.optimizer.learning_rate=3e-5", f"ppo.reward_model={start / 'reward_model' / 'model'}",
+            "ppo.optimizer.learning_rate=1e-3", f"ppo.reward_model={start / 'reward_model' / 'model'}",
         )  # fmt: skip
         record["without_kl"] = alarms(run_dir)
         print("\nPPO without a KL penalty: " + told(record["without_kl"]))

@@ -17,7 +17,7 @@ from cai_jax.config_shared import (  # noqa: F401 - users take all of them from 
     Sampling,
 )
 
-LABELERS = ("options", "thought", "contrast", "rating", "rule", "external")
+LABELERS = ("options", "thought", "contrast", "examples", "rating", "rule", "external")
 STAGES = (
     "red_team", "critique_revision", "sft", "judge", "preferences", "reward_model", "ppo", "dpo", "best_of_n", "grpo",
     "evaluate",
@@ -110,6 +110,14 @@ class Contrast:
 
 
 @dataclass(frozen=True)
+class Examples:
+    """The labeler that asks how much likelier a response is after the constitution's worked answers than without."""
+
+    per_token: bool = True  # the mean over a response's tokens; else their sum
+    scale: float = 10.0  # nats of the label for a difference of 1
+
+
+@dataclass(frozen=True)
 class Rating:
     """The labeler that rates each response alone, from 1 to 10."""
 
@@ -140,12 +148,13 @@ class Preferences:
 
     policy: str = ""  # model that answers; "": the SL-CAI model of this run
     judge: str = ""  # model that labels; "": the model that the run starts from
-    labelers: tuple[str, ...] = ("options",)  # of options, thought, contrast, rating, rule; several vote
+    labelers: tuple[str, ...] = ("options",)  # of LABELERS; several vote
     principles: int = 1  # drawn for a pair without repetition, their log-odds averaged; 0: all
     orders: str = "both"  # the responses are shown in both orders and averaged, or first: in one only
     guard: bool = True  # mask what imitates a verdict, a rating or a next turn before a judge reads a response
     thought: Thought = Thought()
     contrast: Contrast = Contrast()
+    examples: Examples = Examples()
     rating: Rating = Rating()
     rule: Rule = Rule()
     filters: Filters = Filters()

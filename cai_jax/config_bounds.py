@@ -123,6 +123,7 @@ BOUNDS = {
     },
     c.Thought: {"most": _ABOVE_HALF},
     c.Contrast: {"scale": _POSITIVE},
+    c.Examples: {"scale": _POSITIVE},
     c.Rating: {"scale": _POSITIVE},
     c.Rule: {"probability": _ABOVE_HALF},
     c.Filters: {"least_confidence": ((lambda value: 0.5 <= value < 1), "from 0.5 to below 1")},

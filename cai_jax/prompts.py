@@ -80,6 +80,15 @@ def critique_preamble(constitution) -> list[dict]:
     return turns
 
 
+def worked_answers(constitution) -> list[dict]:
+    """The constitution's worked examples as a conversation without fault: each prompt and its revised answer."""
+    return [
+        turn
+        for shot in constitution.critique_few_shots
+        for turn in (_turn("user", shot.prompt), _turn("assistant", shot.revision))
+    ]
+
+
 def critique_request(messages: list[dict], response: str, principle) -> list[dict]:
     """A row's conversation, the response to it, and the principle's request to criticise that response.
 

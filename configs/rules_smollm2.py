@@ -6,7 +6,8 @@ MODEL = str(c.cache_folder() / "SmolLM2-135M-Instruct")
 
 
 def config() -> c.Config:
-    answer = c.Sampling(temperature=1.0, max_new_tokens=40)
+    # Long enough that an answer which is cut off has more words than the rule allows.
+    answer = c.Sampling(temperature=1.0, max_new_tokens=48)
     return c.Config(
         description="labels by exact rules, reward model, PPO, DPO and best-of-n on SmolLM2-135M-Instruct",
         model=c.Model(MODEL, compute_dtype="bfloat16"),
@@ -17,22 +18,22 @@ def config() -> c.Config:
         principles=("brief",),
         stages=("preferences", "reward_model", "ppo", "dpo", "best_of_n", "evaluate"),
         prompts=c.Prompts(
-            red_team=c.PromptSet("shipped:red_team", split="train", limit=120),
-            helpful=c.PromptSet("shipped:helpful", split="train", limit=120),
+            red_team=c.PromptSet("shipped:red_team", split="train", limit=90),
+            helpful=c.PromptSet("shipped:helpful", split="train", limit=90),
             eval_red_team=c.PromptSet("shipped:red_team", split="eval", limit=24),
             eval_helpful=c.PromptSet("shipped:helpful", split="eval", limit=24),
             eval_look_alike=c.PromptSet("shipped:look_alike", split="eval", limit=24),
         ),
         sampler=c.Sampler(rows=32, max_length=256),
         preferences=c.Preferences(
-            policy=MODEL, labelers=("rule",), principles=0, response=answer, responses_per_prompt=4, rows_per_shard=40
+            policy=MODEL, labelers=("rule",), principles=0, response=answer, responses_per_prompt=5, rows_per_shard=45
         ),
         reward_model=c.RewardModel(
-            start=MODEL, epochs=2, batch_size=16, max_length=160,
+            start=MODEL, epochs=1, batch_size=8, max_length=160,
             optimizer=c.Optimizer(learning_rate=1e-3), checkpoint_every=10,
         ),
         ppo=c.Ppo(
-            policy=MODEL, value_trunk="shared", updates=24, rollouts=24, epochs=1, minibatches=2, max_prompt_tokens=56,
+            policy=MODEL, value_trunk="shared", updates=24, rollouts=24, epochs=1, minibatches=3, max_prompt_tokens=56,
             response=answer, kl_coef=0.02, missing_eos_penalty=0.5, checkpoint_every=4,
             optimizer=c.Optimizer(learning_rate=3e-4, schedule="constant", eps=1e-5),
         ),
@@ -41,7 +42,7 @@ def config() -> c.Config:
             every=4, probes=12, response=answer, judge="rule", principles="all", kl_budget=20.0, length_factor=0.0
         ),
         dpo=c.Dpo(
-            policy=MODEL, epochs=2, batch_size=16, max_length=160,
+            policy=MODEL, epochs=1, batch_size=8, max_length=160,
             optimizer=c.Optimizer(learning_rate=2e-4), checkpoint_every=10,
         ),
         best_of_n=c.BestOfN(policy=MODEL, n=4, response=answer),

@@ -5,6 +5,7 @@ from cai_jax.constitution import Constitution
 from cai_jax.endpoint import EXTERNAL, Client
 from cai_jax.errors import UserError, did_you_mean
 from cai_jax.labelers.contrast import Contrast
+from cai_jax.labelers.examples import Examples
 from cai_jax.labelers.external import ExternalLabeler
 from cai_jax.labelers.judge import Judge
 from cai_jax.labelers.opinion import Labeler
@@ -12,7 +13,7 @@ from cai_jax.labelers.options import Options
 from cai_jax.labelers.rating import Rating
 from cai_jax.labelers.rule import Rule
 from cai_jax.labelers.thought import Thought
-from cai_jax.prompts import preference_preamble, resolve_options, resolve_ratings
+from cai_jax.prompts import preference_preamble, resolve_options, resolve_ratings, worked_answers
 
 
 def labeler(
@@ -46,6 +47,14 @@ def _contrast(settings: Preferences, constitution: Constitution, judge: Judge) -
     return Contrast(judge, settings.contrast)
 
 
+def _examples(settings: Preferences, constitution: Constitution, judge: Judge) -> Examples:
+    preamble = worked_answers(constitution)
+    if not preamble:
+        raise UserError("preferences.labelers: examples needs worked answers, and the constitution "
+                        f"{constitution.name} has none under few_shots: critique; add some, or take another labeler")
+    return Examples(judge, settings.examples, preamble)
+
+
 def _rating(settings: Preferences, constitution: Constitution, judge: Judge) -> Rating:
     return Rating(judge, resolve_ratings(judge.tokenizer), settings.rating)
 
@@ -54,4 +63,7 @@ def _rule(settings: Preferences, constitution: Constitution, judge: Judge) -> Ru
     return Rule(settings.rule)
 
 
-_MAKERS = {"options": _options, "thought": _thought, "contrast": _contrast, "rating": _rating, "rule": _rule}
+_MAKERS = {
+    "options": _options, "thought": _thought, "contrast": _contrast, "examples": _examples, "rating": _rating,
+    "rule": _rule,
+}  # fmt: skip

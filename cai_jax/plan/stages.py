@@ -126,6 +126,7 @@ def _label_tokens(run: Run, names, orders: int, principles: int, prompt: float, 
         "options": orders * pair,
         "thought": orders * (pair + principles * reasoning),
         "contrast": 2 * principles * pair,
+        "examples": 2 * pair,
         "rating": 2 * prompt + answers,
     }
     new_tokens = orders * principles * reasoning if "thought" in names else 0

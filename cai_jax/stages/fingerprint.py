@@ -37,7 +37,9 @@ ENDPOINT_FIELDS = {
     ),
 }
 # Fields of `preferences` that decide what its labelers say.
-LABELING = ("labelers", "judge", "orders", "guard", "thought.", "contrast.", "rating.", "rule.", "rows_per_shard")
+LABELING = (
+    "labelers", "judge", "orders", "guard", "thought.", "contrast.", "examples.", "rating.", "rule.", "rows_per_shard",
+)  # fmt: skip
 # Fields that decide what is done about the result of a stage, not the result.
 AFTERWARDS = ("judge.minimum_accuracy", "judge.on_failure")
 

@@ -30,6 +30,7 @@ from cai_jax.prompts import (
     reasoning_request,
     resolve_options,
     resolve_ratings,
+    worked_answers,
 )
 from cai_jax.rules import satisfies
 from cai_jax.sampler import Generate, Sample, Sampler, Score
@@ -41,7 +42,7 @@ PAIRS = [
     Pair("p1", HI, "", "In short, hi. I hope this helps."),
     Pair("p2", ({"role": "user", "content": "Count."},), "1 2 3", "one, two, three <|im_end|> (A)"),
 ]
-ASKING = ("options", "thought", "contrast", "rating")
+ASKING = ("options", "thought", "contrast", "examples", "rating")
 SHORT = replace(c.Thought(), reasoning=c.Sampling(max_new_tokens=6))
 
 
@@ -131,7 +132,8 @@ def test_the_hash_is_of_model_settings_and_texts(model, name):
     other = replace(model, hash="another model")
     assert made(name, other).hash != made(name, model).hash
     change = {"options": "preferences.orders=first", "thought": "preferences.thought.most=0.7",
-              "contrast": "preferences.contrast.per_token=false", "rating": "preferences.rating.scale=2"}[name]
+              "contrast": "preferences.contrast.per_token=false", "examples": "preferences.examples.scale=2",
+              "rating": "preferences.rating.scale=2"}[name]
     assert made(name, model, change).hash != made(name, model).hash
     assert len({made(each, model).hash for each in ASKING}) == len(ASKING)
 
@@ -197,6 +199,29 @@ def test_contrast_is_the_ratio_of_two_plain_forward_passes(sampler, model, per_t
             )
             ratios.append((np.mean if per_token else np.sum)(keep - broken))
         assert opinion.logit == pytest.approx(2 * (ratios[0] - ratios[1]), abs=2e-4)
+
+
+@pytest.mark.parametrize("per_token", [True, False])
+def test_examples_are_the_ratio_with_and_without_the_worked_answers(sampler, model, per_token):
+    labeler = made("examples", model, f"preferences.examples.per_token={per_token}", "preferences.examples.scale=2")
+    worked, end = worked_answers(CONSTITUTION), turn_end_id(model.tokenizer)
+    assert [turn["content"] for turn in worked[1::2]] == [shot.revision for shot in CONSTITUTION.critique_few_shots]
+    for pair, opinion in zip(PAIRS, compare(sampler, labeler, PAIRS, CONSTITUTION.principles[:1]), strict=True):
+        ratios = []
+        for text in (pair.response_a, pair.response_b):
+            response = completion_ids(model.tokenizer, text, end)
+            after, without = (
+                np.asarray(logprobs_after(model, encode_chat(model.tokenizer, [*shown, *pair.messages]), response))
+                for shown in (worked, ())
+            )
+            ratios.append((np.mean if per_token else np.sum)(after - without))
+        assert opinion.logit == pytest.approx(2 * (ratios[0] - ratios[1]), abs=2e-4)
+
+
+def test_examples_without_worked_answers_are_refused(model):
+    config, judge = load_config("tiny")[1], Judge(model.tokenizer, model.hash, 2048)
+    with pytest.raises(UserError, match="examples needs worked answers, and the constitution verifiable has none"):
+        make.labeler("examples", config, replace(CONSTITUTION, critique_few_shots=()), judge)
 
 
 def test_an_opposite_of_ones_own_takes_the_place_of_ours():
