@@ -13,7 +13,7 @@ from pathlib import Path
 from cai_jax.provenance import read_json
 
 VOTER = "options"
-OTHERS = {"harmless_helpful": "thought,contrast,rating", "verifiable": "contrast,rating,rule"}
+OTHERS = {"harmless_helpful": "thought,contrast,examples,rating", "verifiable": "contrast,examples,rating,rule"}
 
 
 def main() -> None:

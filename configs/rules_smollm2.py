@@ -8,6 +8,8 @@ MODEL = str(c.cache_folder() / "SmolLM2-135M-Instruct")
 def config() -> c.Config:
     # Long enough that an answer which is cut off has more words than the rule allows.
     answer = c.Sampling(temperature=1.0, max_new_tokens=48)
+    # Full-temperature text of a 135M model has words of many tokens that nobody knows; their number is hard to learn.
+    readable = c.Sampling(temperature=1.0, top_p=0.9, max_new_tokens=48)
     return c.Config(
         description="labels by exact rules, reward model, PPO, DPO and best-of-n on SmolLM2-135M-Instruct",
         model=c.Model(MODEL, compute_dtype="bfloat16"),
@@ -26,7 +28,8 @@ def config() -> c.Config:
         ),
         sampler=c.Sampler(rows=32, max_length=256),
         preferences=c.Preferences(
-            policy=MODEL, labelers=("rule",), principles=0, response=answer, responses_per_prompt=5, rows_per_shard=45
+            policy=MODEL, labelers=("rule",), principles=0, response=readable, responses_per_prompt=5,
+            rows_per_shard=45,
         ),
         reward_model=c.RewardModel(
             start=MODEL, epochs=1, batch_size=8, max_length=160,
