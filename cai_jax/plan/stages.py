@@ -3,19 +3,16 @@
 from dataclasses import replace
 from math import ceil, comb
 
-import jax
-
 from cai_jax.labelers.pleading import PLEAS
 from cai_jax.models import lora
-from cai_jax.plan import arithmetic
-from cai_jax.plan.arithmetic import Batch, Work
-from cai_jax.plan.programs import GENERATION, SCORING, TRAINING, Program, Run, float32, int32, size
+from cai_jax.plan.arithmetic import Batch
+from cai_jax.plan.programs import GENERATION, SCORING, Program, Run, float32, int32, size
 from cai_jax.plan.sampling import Load, sampler_bytes, sampler_programs
+from cai_jax.plan.shared import pair_program, reward_program, score_program, train_program
 from cai_jax.sampler.engine import bucket
-from cai_jax.stages import dpo, grpo, ppo, reward_model, rewards, scoring, sft
+from cai_jax.stages import dpo, grpo, ppo, reward_model, scoring, sft
 from cai_jax.stages.inputs import best_of_n_is_a_model, labelers_of
-from cai_jax.stages.rollouts import rows_of_pass
-from cai_jax.training.step import make_optimizer, make_schedule, make_train_step, split
+from cai_jax.training.step import split
 
 
 def programs_of(run: Run) -> list[Program]:
@@ -72,7 +69,7 @@ def _sft(run: Run) -> list[Program]:
     steps = settings.epochs * ceil(tokens / settings.sequence_length / settings.batch_size)
     shape = settings.batch_size, settings.sequence_length
     batch = run.rows({name: int32(*shape) for name in ("tokens", "positions", "segments", "targets")})
-    train = _training(
+    train = train_program(
         run, "sft", sft.objective(run.config, model), base, settings, steps, batch, size(base),
         [(model, Batch(*shape, settings.sequence_length))],
     )  # fmt: skip
@@ -151,11 +148,11 @@ def _reward_model(run: Run) -> list[Program]:
     objective = reward_model.objective(run.config, model)
     adapted = run.adapted(start)
     _, kept = split(adapted, lora.trainable(adapted))  # what trains is donated to the state
-    train = _training(
+    train = train_program(
         run, "reward_model", objective, start, settings, steps, batch, size(kept), [(model, Batch(*shape, None))]
     )
     held = train.resident + train.arguments - size(batch)
-    return [train, _rewards(run, "reward_model", model, settings.max_length, held, 2 * held_out)]
+    return [train, reward_program(run, "reward_model", model, settings.max_length, held, 2 * held_out)]
 
 
 def _ppo(run: Run) -> list[Program]:
@@ -202,13 +199,13 @@ def _reinforced(run: Run, stage: str, objective, params, columns, valued, draws:
     passes = [(policy, Batch(rows, length, answer))]
     if "value" in params:
         passes.append((valued[0], Batch(rows, length, None)))
-    train = _training(
+    train = train_program(
         run, stage, objective, params, settings, settings.updates * settings.epochs * settings.minibatches, batch,
         size(reference, reward, rater, watches), passes,
     )  # fmt: skip
     adapted, held = run.adapted(params), train.resident + train.arguments - size(batch)
     value = (valued[0], adapted[valued[1]]) if valued else (None, None)
-    score = _score(run, stage, (policy, reference), value, (scorer, reward), prompt, held, draws)
+    score = score_program(run, stage, (policy, reference), value, (scorer, reward), prompt, held, draws)
     slots = run.config.sampler.rows
     load = Load.of(slots, rollouts, answer, prompt, prompt + answer / 2, draws)
     programs = sampler_programs(run, stage, policy, adapted["policy"], held, load)
@@ -241,42 +238,15 @@ def _looks(run: Run, stage: str, policy, scorer, judge, watcher, held: int) -> l
         return sampler_programs(run, stage, model, params, held, load, SCORING)
 
     if scorer:
-        programs.append(_rewards(run, stage, scorer, length, held, looks * probes))
+        programs.append(reward_program(run, stage, scorer, length, held, looks * probes))
     if judge[0]:
         programs += asked(*judge, 1)
     if settings.judge == "model":
-        programs.append(_rewards(run, stage, watcher[0], length, held, looks * probes))
+        programs.append(reward_program(run, stage, watcher[0], length, held, looks * probes))
     elif watcher[0]:
         principles = run.workload.principles if settings.principles == "all" else 1
         programs += asked(*watcher, principles * (2 if settings.judge == "contrast" else 1))
     return programs
-
-
-def _score(run: Run, stage: str, reference, value, reward, prompt: int, held: int, batches: int) -> Program:
-    """Reference log-probs, values and rewards in one program; each a pair of shape and params, or of None.
-
-    `held`: all that the stage holds, these params included.
-    """
-    settings = getattr(run.config, stage)
-    answer, rows = settings.response.max_new_tokens, rows_of_pass(settings)
-    length = prompt + answer
-    part = run.rows({
-        **{name: int32(rows, length) for name in ("tokens", "positions")}, "mask": int32(rows, answer),
-    })  # fmt: skip
-    scalars = Batch(rows, length, None)
-    passes = [(reference[0], Batch(rows, length, answer)), *((shape, scalars) for shape, _ in (value, reward) if shape)]
-    shapes, params = zip(reference, value, reward, strict=True)
-    # With adapters what gives the values and what is frozen beside it are one copy of what does not train.
-    shared = size(split(value[1], lora.trainable(value[1]))[1]) if value[1] else 0
-    forms = run.config.model, run.config.lora, settings.frozen_dtype
-    return Program(
-        stage, "score rollouts", SCORING, run.key("score rollouts", *shapes, rows, length, answer, *forms),
-        lambda: rewards.lower_score(run.config, stage, *shapes, run.mesh, *params, part), size(params, part), 0,
-        sum(arithmetic.pass_temporaries(model, run.mesh, batch, run.itemsize) for model, batch in passes),
-        held - size(params) + shared,
-        sum((arithmetic.forward_work(model, run.mesh, batch, run.itemsize) for model, batch in passes), Work()),
-        batches * (settings.rollouts // rows), shared=shared,
-    )  # fmt: skip
 
 
 def _dpo(run: Run) -> list[Program]:
@@ -292,28 +262,13 @@ def _dpo(run: Run) -> list[Program]:
         **({"smoothing": float32(settings.batch_size)} if settings.soft_labels else {}),
     })  # fmt: skip
     steps = settings.epochs * ceil((pairs - held_out) / settings.batch_size)
-    train = _training(
+    train = train_program(
         run, "dpo", dpo.objective(run.config, model), start, settings, steps, batch, size(start),
         [(model, Batch(*shape, settings.max_length))],
     )  # fmt: skip
     # The reference's before training, the policy's of the held-out ones after it.
     held = train.resident + train.arguments - size(batch)
-    return [_pair_scores(run, "dpo", model, settings.max_length, held, pairs + held_out), train]
-
-
-def _pair_scores(run: Run, stage: str, model, length: int, resident: int, pairs: int) -> Program:
-    """Log-probs of pairs; the model that gives them is among what the stage holds."""
-    rows = scoring.rows_of_pass(run.mesh)
-    length = bucket(length, scoring.SMALLEST_BUCKET)
-    params = run.params(model, "policy")
-    texts = run.rows({name: int32(rows, length) for name in ("tokens", "positions", "segments")})
-    batch = Batch(rows, length, length)
-    return Program(
-        stage, "score pairs", SCORING, run.key("pairs", model, rows, length, run.config.model),
-        lambda: scoring.lower_pairs(run.config, model, run.mesh, params, texts), size(params, texts), 0,
-        arithmetic.pass_temporaries(model, run.mesh, batch, run.itemsize), resident - size(params),
-        arithmetic.forward_work(model, run.mesh, batch, run.itemsize), ceil(pairs / rows),
-    )  # fmt: skip
+    return [pair_program(run, "dpo", model, settings.max_length, held, pairs + held_out), train]
 
 
 def _best_of_n(run: Run) -> list[Program]:
@@ -325,7 +280,7 @@ def _best_of_n(run: Run) -> list[Program]:
     load = Load.of(run.config.sampler.rows, rows, settings.n * new_tokens, prompt, prompt + new_tokens / 2)
     programs = [
         *sampler_programs(run, "best_of_n", policy, params, held, load),
-        _rewards(run, "best_of_n", scorer, round(prompt) + new_tokens, held + sampler_bytes(run, policy),
+        reward_program(run, "best_of_n", scorer, round(prompt) + new_tokens, held + sampler_bytes(run, policy),
                  settings.n * rows),
     ]  # fmt: skip
     if not settings.distill:
@@ -333,7 +288,7 @@ def _best_of_n(run: Run) -> list[Program]:
     shape = settings.batch_size, settings.sequence_length
     steps = settings.epochs * ceil(rows * (prompt + new_tokens) / settings.sequence_length / settings.batch_size)
     batch = run.rows({name: int32(*shape) for name in ("tokens", "positions", "segments", "targets")})
-    train = _training(
+    train = train_program(
         run, "best_of_n", sft.objective(run.config, policy), params, settings, steps, batch, size(params),
         [(policy, Batch(*shape, settings.sequence_length))],
     )  # fmt: skip
@@ -354,7 +309,9 @@ def _evaluate(run: Run) -> list[Program]:
     load = Load.of(run.config.sampler.rows, rows, draws * answer, read, prompt + answer / 2)
     return [
         *sampler_programs(run, "evaluate", model, other, held, load),
-        _rewards(run, "evaluate", reward, bucket(round(prompt) + answer, scoring.SMALLEST_BUCKET), held, draws * rows),
+        reward_program(
+            run, "evaluate", reward, bucket(round(prompt) + answer, scoring.SMALLEST_BUCKET), held, draws * rows
+        ),
     ]
 
 
@@ -366,51 +323,6 @@ def _contenders(config) -> dict[str, int]:
     if "best_of_n" in found and not best_of_n_is_a_model(config):
         found["best_of_n"] = config.best_of_n.n
     return found
-
-
-def _rewards(run: Run, stage: str, model, length: int, resident: int, texts: int) -> Program:
-    """The reward model's scores of texts; it is among what the stage holds."""
-    rows = scoring.rows_of_pass(run.mesh)
-    length = bucket(length, scoring.SMALLEST_BUCKET)
-    params = run.params(model, "reward")
-    texts_of = run.rows({name: int32(rows, length) for name in ("tokens", "positions")})
-    batch = Batch(rows, length, None)
-    return Program(
-        stage, "score texts", SCORING, run.key("rewards", model, rows, length, run.config.model),
-        lambda: scoring.lower_rewards(run.config, model, run.mesh, params, *texts_of.values()),
-        size(params, texts_of), 0, arithmetic.pass_temporaries(model, run.mesh, batch, run.itemsize),
-        resident - size(params), arithmetic.forward_work(model, run.mesh, batch, run.itemsize), ceil(texts / rows),
-    )  # fmt: skip
-
-
-def _training(run: Run, stage, objective, params, settings, steps, batch, resident, passes) -> Program:
-    """A train step. `passes`: models that it trains, each with the batch that goes through it.
-
-    `resident` are the models as they were loaded: with adapters the step is handed them, without it has a copy.
-    """
-    model, microbatches = run.config.model, settings.microbatches
-    schedule = make_schedule(settings.optimizer, max(1, steps))
-    optimizer = make_optimizer(settings.optimizer, schedule)
-    params = run.adapted(params)
-    trained, kept = split(params, lora.trainable(params))
-    state = run.train_state(trained, optimizer)
-    shapes = tuple((name, leaf.shape, str(leaf.dtype)) for name, leaf in batch.items())
-    models, count = tuple(config for config, _ in passes), sum(leaf.size for leaf in jax.tree.leaves(trained))
-    key = run.key(f"{stage} train step", models, shapes, microbatches, model, run.config.lora)
-    sizes = [
-        (config, run.mesh, whole, microbatches, model.remat, run.itemsize, count // len(passes))
-        for config, whole in passes
-    ]
-    work = [arithmetic.training_work(*each) for each in sizes]
-    temporaries = [arithmetic.training_temporaries(*each) for each in sizes]
-
-    def lower():
-        return make_train_step(objective, optimizer, schedule, run.mesh, state, microbatches).lower(state, batch, kept)
-
-    return Program(
-        stage, "train step", TRAINING, key, lower, size(state, batch, kept), 0, sum(temporaries),
-        resident - size(kept), sum(work, Work()), steps, passes[0][1].rows * passes[0][1].length,
-    )  # fmt: skip
 
 
 _STAGES = {

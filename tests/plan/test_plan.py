@@ -264,7 +264,7 @@ def test_dpo_scores_once_and_trains_without_a_reference_beside_it():
     train, score = (line(plan, name) for name in ("train step", "score pairs"))
     assert train.memory.arguments == pytest.approx(3 * policy, rel=0.01)
     assert train.program.resident == pytest.approx(policy, rel=0.01)
-    pairs = 4 * sum(plan_rows(config))
+    pairs = 6 * sum(plan_rows(config))  # of four responses each two
     assert train.program.calls == -(-(pairs - -(-pairs // 5)) // 64)  # a fifth is held out, 64 pairs a step
     assert score.program.calls == -(-(pairs + -(-pairs // 5)) // 16)  # all before training, the held-out after it
     adapted = make_plan(load_config("dpo_7b_lora")[1], H100, ARITHMETIC)
