@@ -26,9 +26,9 @@ OPTIONAL = ("red_team", "judge", "dpo", "best_of_n", "grpo")  # stages that a ru
 # What a round of critique and revision is flagged for, and which of it makes a text no revision at all.
 ROUND_FLAGS = (
     "critique_truncated", "critique_empty", "revision_truncated", "revision_empty", "revision_unchanged",
-    "revision_copies_critique", "revision_degenerate",
+    "revision_copies_critique", "revision_copies_example", "revision_degenerate",
 )  # fmt: skip
-NO_REVISIONS = ("revision_unchanged", "revision_copies_critique", "revision_degenerate")
+NO_REVISIONS = ("revision_unchanged", "revision_copies_critique", "revision_copies_example", "revision_degenerate")
 ALARMS = ("kl", "refusal", "degenerate", "length", "boilerplate", "divergence")  # of the monitors
 
 

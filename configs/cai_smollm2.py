@@ -6,6 +6,8 @@ from cai_jax import config as c
 def config() -> c.Config:
     # Full-temperature text of a 135M model falls apart; nucleus sampling keeps critiques and revisions readable.
     answer = c.Sampling(temperature=0.7, top_p=0.9, max_new_tokens=36)
+    # It keeps to the form of the worked examples only near its likeliest words.
+    careful = c.Sampling(temperature=0.3, max_new_tokens=36)
     rollout = c.Sampling(temperature=1.0, max_new_tokens=32)
     return c.Config(
         description="the demo: all stages on SmolLM2-135M-Instruct, 8 to 20 minutes on two CPU cores",
@@ -18,12 +20,13 @@ def config() -> c.Config:
             eval_helpful=c.PromptSet("shipped:helpful", split="eval", limit=16),
             eval_look_alike=c.PromptSet("shipped:look_alike", split="eval", limit=16),
         ),
-        sampler=c.Sampler(rows=24, max_length=1536),
+        sampler=c.Sampler(rows=24, max_length=1792),
         critique_revision=c.CritiqueRevision(
             rounds=1,
+            principles="matched",
             response=answer,
-            critique=c.Sampling(temperature=0.7, top_p=0.9, max_new_tokens=32),
-            revision=answer,
+            critique=careful,
+            revision=careful,
             rows_per_shard=48,
         ),
         sft=c.Sft(
@@ -34,10 +37,10 @@ def config() -> c.Config:
             optimizer=c.Optimizer(learning_rate=3e-5),
             checkpoint_every=4,
         ),
-        # A judge this small does not beat a coin (docs/learning.md). The demo goes on all the same, with log-odds that
-        # calibration would flatten to ties; the report says so first.
-        judge=c.Judge(on_failure="continue", calibrate=False, pleas=4),
-        preferences=c.Preferences(labelers=("options", "contrast"), response=rollout, rows_per_shard=48),
+        # The one labeler of a judge this small that beats a coin, by little (docs/learning.md). Where another machine's
+        # rounding puts it below the gate the demo goes on all the same, and the report says so first.
+        judge=c.Judge(on_failure="continue", pleas=4),
+        preferences=c.Preferences(labelers=("examples",), response=rollout, rows_per_shard=48),
         reward_model=c.RewardModel(
             batch_size=8, max_length=256, optimizer=c.Optimizer(learning_rate=2e-5), checkpoint_every=5
         ),

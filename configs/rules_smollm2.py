@@ -9,7 +9,7 @@ def config() -> c.Config:
     # Long enough that an answer which is cut off has more words than the rule allows.
     answer = c.Sampling(temperature=1.0, max_new_tokens=48)
     # Full-temperature text of a 135M model has words of many tokens that nobody knows; their number is hard to learn.
-    readable = c.Sampling(temperature=1.0, top_p=0.9, max_new_tokens=48)
+    readable = c.Sampling(temperature=0.8, top_p=0.95, max_new_tokens=48)
     return c.Config(
         description="labels by exact rules, reward model, PPO, DPO and best-of-n on SmolLM2-135M-Instruct",
         model=c.Model(MODEL, compute_dtype="bfloat16"),
@@ -28,7 +28,7 @@ def config() -> c.Config:
         ),
         sampler=c.Sampler(rows=32, max_length=256),
         preferences=c.Preferences(
-            policy=MODEL, labelers=("rule",), principles=0, response=readable, responses_per_prompt=5,
+            policy=MODEL, labelers=("rule",), principles=0, response=readable, responses_per_prompt=6,
             rows_per_shard=45,
         ),
         reward_model=c.RewardModel(
@@ -36,9 +36,9 @@ def config() -> c.Config:
             optimizer=c.Optimizer(learning_rate=1e-3), checkpoint_every=10,
         ),
         ppo=c.Ppo(
-            policy=MODEL, value_trunk="shared", updates=24, rollouts=24, epochs=1, minibatches=3, max_prompt_tokens=56,
+            policy=MODEL, value_trunk="shared", updates=18, rollouts=24, epochs=1, minibatches=3, max_prompt_tokens=56,
             response=answer, kl_coef=0.02, missing_eos_penalty=0.5, checkpoint_every=4,
-            optimizer=c.Optimizer(learning_rate=3e-4, schedule="constant", eps=1e-5),
+            optimizer=c.Optimizer(learning_rate=4e-4, schedule="constant", eps=1e-5),
         ),
         # The rule shortens answers on purpose, so their length is no sign that a reward is being cheated.
         monitor=c.Monitor(

@@ -15,10 +15,12 @@ from cai_jax.labelers.external import ask
 from cai_jax.prompts import critique_preamble, critique_request, quoted_request, revision_request
 from cai_jax.rules import explain, satisfies
 from cai_jax.sampler import Generate
+from cai_jax.similarity import Index
 from cai_jax.stages.rows import make_rows, mean, messages_of, sample_dict, unfinished, usable_prompts, watch
 from cai_jax.text_metrics import KINDS, classify_response
 
 STAGE = "critique_revision"
+COPY = 0.7  # overlap of shingles from which on a revision is a worked one over again; other texts are far below
 
 
 def run(context, folder) -> dict:
@@ -31,11 +33,12 @@ def run(context, folder) -> dict:
     no_room = _no_room(sampler, preamble)
     if not any(_fits_a_round(context, sampler, preamble, prompt) for prompt in prompts):
         raise no_room
+    worked = Index((shot.principle, shot.revision) for shot in context.constitution.critique_few_shots)
     with context.progress.task(STAGE, len(prompts), "rows", done=len(prompts) - left) as task:
         watch(sampler, task)
         rows = make_rows(
             folder, "rows", prompts, settings.rows_per_shard, lambda: sampler,
-            lambda prompt: _chain(context, sampler, preamble, prompt), preamble, finish=present,
+            lambda prompt: _chain(context, sampler, preamble, worked, prompt), preamble, finish=present,
         )  # fmt: skip
     if not rows:
         if context.endpoint and (failures := context.endpoint.counts.failures):
@@ -77,7 +80,7 @@ def _fits_a_round(context, sampler, preamble, prompt) -> bool:
     return sampler.fits(revision_request(messages_of(prompt), "", shortest, ""), room, preamble)
 
 
-def _chain(context, sampler, preamble, prompt):
+def _chain(context, sampler, preamble, worked: Index, prompt):
     """The row of one prompt: a response, then rounds of critique and revision as far as the context holds them.
 
     None where it holds not even one, or where the endpoint has failed in the first.
@@ -118,7 +121,7 @@ def _chain(context, sampler, preamble, prompt):
             "critique": critique,
             "revision": revision,
             "kind": classify_response(revision["text"]),
-            "flags": _round_flags(newest, critique, revision),
+            "flags": _round_flags(newest, critique, revision, worked),
         })  # fmt: skip
         newest = revision["text"]
     return row if row["rounds"] else None
@@ -169,7 +172,7 @@ def _principle(context, prompt, number: int):
     return principles[context.row_seed(STAGE, prompt.id, number, "principle") % len(principles)]
 
 
-def _round_flags(newest, critique, revision) -> dict[str, bool]:
+def _round_flags(newest, critique, revision, worked: Index) -> dict[str, bool]:
     written, revised = critique["text"].strip(), revision["text"].strip()
     return {
         "critique_truncated": critique["truncated"],
@@ -178,6 +181,7 @@ def _round_flags(newest, critique, revision) -> dict[str, bool]:
         "revision_empty": not revised,
         "revision_unchanged": revised == newest.strip(),
         "revision_copies_critique": bool(written) and revised == written,
+        "revision_copies_example": worked.nearest(revised)[0] >= COPY,
         "revision_degenerate": classify_response(revised) == "degenerate",
     }
 

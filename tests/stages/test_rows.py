@@ -242,3 +242,12 @@ def test_kinds_are_counted_for_responses_and_for_the_revisions_of_each_round(tmp
     assert summary["kinds"]["revision"] == [none | {"refusal": 1, "empty": 1}, none | {"refusal": 1, "degenerate": 1}]
     flags = folder.read_shards()[0]["rounds"][0]["flags"]
     assert tuple(flags) == ROUND_FLAGS and summary["counters"]["revision_degenerate"] == 1
+
+
+def test_a_worked_example_over_again_is_flagged(tmp_path):
+    (shot, *_) = load_constitution("verifiable").critique_few_shots
+    texts = iter(["Ten.", "Yes.", shot.revision.upper() + "!", "Yes.", "A spider has eight, as far as I know."])
+    folder = StageFolder(tmp_path, "critique_revision")
+    critique_revision.run(context(CannedSampler(lambda request: sample(next(texts))), prompt_rows("a")), folder)
+    (row,) = folder.read_shards()
+    assert [entry["flags"]["revision_copies_example"] for entry in row["rounds"]] == [True, False]
