@@ -35,7 +35,7 @@ class PromptSet:
     prompt: str = "prompt"  # column: a text, or a list of {role, content} (multi-turn context)
     id: str = "id"  # column; rows without one are numbered
     category: str = "category"  # column; rows without one have category ""
-    answer: str = "answer"  # column: a good answer, by which `evaluate` measures helpfulness; rows may have none
+    answer: str = "answer"  # column: a good answer, of which `evaluate` tells the loss; rows may have none
     more: tuple[str, ...] = ()  # PATH or PATH:SPLIT of further sets with the same columns, whose rows come after these
     limit: int = 0  # the first so many rows, spread over categories; 0: all
 
@@ -69,7 +69,7 @@ class Sampler:
     """The shape of the sampler: rows decoded together, and the longest row in tokens."""
 
     rows: int = 32  # slots of the cache
-    max_length: int = 1024
+    max_length: int = 2048
     prefill_tokens: int = 128  # run in one pass, on all devices together
     int8_weights: bool = False  # of the layers' projections
     int8_cache: bool = False  # keys and values

@@ -67,7 +67,7 @@ def load_prompts(prompt_set: config.PromptSet, name: str) -> PromptRows:
         more = _load_one(dataclasses.replace(prompt_set, path=path, split=split), name, where)
         ids = {prompt.id for prompt in found.rows}
         if any(prompt.id in ids for prompt in more.rows):
-            more = _with_prefix(more, f"{Path(path).name.removeprefix('shipped:')}/")
+            more = _with_prefix(more, f"{source}/")
         found = joined(found, more)
     return _prompt_rows(_spread(found.rows, prompt_set.limit), found.skipped) if prompt_set.limit else found
 
@@ -115,14 +115,25 @@ def _with_prefix(prompts: PromptRows, prefix: str) -> PromptRows:
 
 
 def _prompt_rows(prompts: list[Prompt], skipped: Sequence[dict[str, str]]) -> PromptRows:
-    return PromptRows(tuple(prompts), tuple(skipped), content_hash([dataclasses.asdict(prompt) for prompt in prompts]))
+    return PromptRows(tuple(prompts), tuple(skipped), content_hash([_said(prompt) for prompt in prompts]))
+
+
+def _said(prompt: Prompt) -> dict:
+    """What a prompt says; an answer that did not come with it is no part of that."""
+    said = dataclasses.asdict(prompt)
+    return said if prompt.answer else {name: value for name, value in said.items() if name != "answer"}
 
 
 def joined(prompts: PromptRows, more: PromptRows) -> PromptRows:
     """One set of two: the rows of the first, then those of the second that it does not hold."""
-    known = {conversation_key(prompt.messages) for prompt in prompts.rows}
+    known = {conversation_key(prompt.messages): prompt.id for prompt in prompts.rows}
     new = [prompt for prompt in more.rows if conversation_key(prompt.messages) not in known]
-    return _prompt_rows([*prompts.rows, *new], [*prompts.skipped, *more.skipped])
+    again = [
+        {"id": prompt.id, "reason": f"duplicate prompt, same as {known[key]}"}
+        for prompt in more.rows
+        if (key := conversation_key(prompt.messages)) in known
+    ]
+    return _prompt_rows([*prompts.rows, *new], [*prompts.skipped, *more.skipped, *again])
 
 
 def check_disjoint(train: Mapping[str, PromptRows], evaluation: Mapping[str, PromptRows]) -> None:
@@ -188,7 +199,9 @@ def _usable(
         try:
             row_id = label_of(record.get(prompt_set.id), "id") or fallback_id
             category = label_of(record.get(prompt_set.category), "category")
-            answer = label_of(record.get(prompt_set.answer), "answer")
+            answer = record.get(prompt_set.answer)
+            answer = answer.strip() if isinstance(answer, str) else ""  # other data has other things in such a column
+            check_unicode(answer, "answer")
             messages = messages_of_prompt(record.get(prompt_set.prompt))
             key = conversation_key(messages)
             if row_id in row_of_id:

@@ -1,4 +1,4 @@
-"""The proof: Constitutional AI on SmolLM2-135M-Instruct and all shipped prompts, hours on two CPU cores."""
+"""Constitutional AI on SmolLM2-135M-Instruct and all shipped prompts: the demo at full size."""
 
 from cai_jax import config as c
 
@@ -9,7 +9,7 @@ def config() -> c.Config:
     answer = c.Sampling(temperature=0.7, top_p=0.9, max_new_tokens=64)
     rollout = c.Sampling(temperature=1.0, max_new_tokens=40)
     return c.Config(
-        description="the proof: safer and still helpful, SmolLM2-135M-Instruct, hours on two CPU cores",
+        description="all shipped prompts and DPO beside PPO, SmolLM2-135M-Instruct, hours on two CPU cores",
         model=c.Model(str(c.cache_folder() / "SmolLM2-135M-Instruct"), compute_dtype="bfloat16"),
         lora=c.Lora(rank=16),
         stages=("critique_revision", "sft", "judge", "preferences", "reward_model", "ppo", "dpo", "evaluate"),
@@ -25,7 +25,7 @@ def config() -> c.Config:
             epochs=2, batch_size=8, sequence_length=256, helpful=answer, rows_per_shard=64,
             optimizer=c.Optimizer(learning_rate=5e-4), checkpoint_every=20,
         ),
-        preferences=c.Preferences(labelers=("contrast",), response=rollout, rows_per_shard=64),
+        preferences=c.Preferences(labelers=("examples",), response=rollout, rows_per_shard=64),
         reward_model=c.RewardModel(
             epochs=2, batch_size=16, max_length=192, optimizer=c.Optimizer(learning_rate=1e-3), checkpoint_every=20
         ),

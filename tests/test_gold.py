@@ -13,7 +13,10 @@ from cai_jax.gold import check_apart, load_gold
 from cai_jax.labelers.pleading import unpleaded
 from cai_jax.named_runs import load_config, named_runs
 from cai_jax.rules import satisfies
-from cai_jax.stages.inputs import read_prompts
+from cai_jax.similarity import Index
+from cai_jax.stages.inputs import EVAL_SETS, read_prompts
+
+ALIKE = 0.4  # overlap of shingles from which on two short texts say much the same
 
 VERIFIABLE = load_constitution("verifiable")
 GOOD = {"id": "one", "category": "format", "principle": "brief", "prompt": "Hi?", "response_a": "Hi.",
@@ -54,8 +57,16 @@ def test_no_shipped_gold_prompt_stands_in_a_prompt_set_or_among_the_worked_examp
         constitution = load_constitution(name)
         gold = load_gold("", constitution)
         check_apart(gold, sets)
-        shown = {shot.prompt.casefold() for shot in constitution.preference_few_shots}
-        assert not shown & {pair.messages[-1]["content"].casefold() for pair in gold.pairs}
+        asked = Index((pair.id, pair.messages[-1]["content"]) for pair in gold.pairs)
+        for prompts in (sets[name] for name in EVAL_SETS):
+            for prompt in prompts.rows:
+                asked.add(prompt.id, prompt.messages[-1]["content"])
+        answered = Index((f"{pair.id} {side}", text) for pair in gold.pairs
+                         for side, text in (("a", pair.response_a), ("b", pair.response_b)))  # fmt: skip
+        for shot in (*constitution.critique_few_shots, *constitution.preference_few_shots):
+            assert asked.nearest(shot.prompt)[0] < ALIKE, (shot.prompt, asked.nearest(shot.prompt))
+        for shot in constitution.critique_few_shots:  # the labeler `examples` reads these
+            assert answered.nearest(shot.revision)[0] < ALIKE, (shot.revision, answered.nearest(shot.revision))
     assert {load_config(run)[1].constitution for run, _ in named_runs()} <= {"harmless_helpful", "verifiable"}
 
 

@@ -411,10 +411,7 @@ def test_hash_follows_content_and_order(tmp_path):
     assert len(set(hashes)) == len(variants)
     unused = [{"extra": 1, **row} for row in rows] + [{"id": "4", "prompt": ""}]
     assert load(write_jsonl(tmp_path / "same.jsonl", unused)).hash == hashes[0]
-    said = [
-        {"answer": "", "category": "", "id": row["id"], "messages": [{"content": row["prompt"], "role": "user"}]}
-        for row in rows
-    ]
+    said = [{"category": "", "id": r["id"], "messages": [{"content": r["prompt"], "role": "user"}]} for r in rows]
     canonical = json.dumps(said, sort_keys=True, separators=(",", ":"))
     assert hashes[0] == hashlib.sha256(canonical.encode()).hexdigest()
 
@@ -452,8 +449,10 @@ def test_sets_are_joined_and_a_prompt_that_stands_in_both_comes_once(tmp_path):
     second = [{"id": "1", "prompt": "B ", "split": "train"}, {"id": "2", "prompt": "c", "split": "train"},
               {"id": "3", "prompt": "d", "split": "eval"}]  # fmt: skip
     source = f"{write_jsonl(tmp_path / 'second.jsonl', second)}:train"
-    rows = load_prompts(config.PromptSet(str(first), more=(source, "shipped:look_alike:eval")), "red_team").rows
-    assert [row.id for row in rows[:3]] == ["1", "2", "second.jsonl/2"]
+    found = load_prompts(config.PromptSet(str(first), more=(source, "shipped:look_alike:eval")), "red_team")
+    rows = found.rows
+    assert [row.id for row in rows[:3]] == ["1", "2", f"{source}/2"]
+    assert found.skipped == ({"id": f"{source}/1", "reason": "duplicate prompt, same as 2"},)
     assert [row.messages[0]["content"] for row in rows[:3]] == ["a", "b", "c"]
     assert len(rows) == 3 + 64 and all(row.id.startswith("la-") for row in rows[3:])
     few = load_prompts(config.PromptSet(str(first), more=(source,), limit=2), "red_team").rows

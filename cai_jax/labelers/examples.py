@@ -23,13 +23,14 @@ from cai_jax.sampler import Row, Score
 class Examples:
     """Compares log p(response | worked answers, prompt) - log p(response | prompt) of two responses.
 
-    The token that ends the turn belongs to a response. The worked answers are the same for all pairs and all
-    principles, so the principles of a pair have no part in an opinion.
+    The token that ends the turn belongs to a response. The worked answers are the same for all pairs, so it
+    goes by their principles, whichever were drawn for a pair.
     """
 
     judge: Judge
     settings: config.Examples
     preamble: Sequence[dict]
+    own_principles: Sequence[Principle]  # of the worked answers
     name: str = "examples"
 
     @cached_property

@@ -48,11 +48,9 @@ def _contrast(settings: Preferences, constitution: Constitution, judge: Judge) -
 
 
 def _examples(settings: Preferences, constitution: Constitution, judge: Judge) -> Examples:
-    preamble = worked_answers(constitution)
-    if not preamble:
-        raise UserError("preferences.labelers: examples needs worked answers, and the constitution "
-                        f"{constitution.name} has none under few_shots: critique; add some, or take another labeler")
-    return Examples(judge, settings.examples, preamble)
+    named = dict.fromkeys(shot.principle for shot in constitution.critique_few_shots)
+    principles = [constitution.principle(name) for name in named]
+    return Examples(judge, settings.examples, worked_answers(constitution), principles)
 
 
 def _rating(settings: Preferences, constitution: Constitution, judge: Judge) -> Rating:

@@ -20,7 +20,6 @@ from cai_jax.stages.rows import make_rows, mean, messages_of, sample_dict, unfin
 from cai_jax.text_metrics import KINDS, classify_response
 
 STAGE = "critique_revision"
-COPY = 0.7  # overlap of shingles from which on a revision is a worked one over again; other texts are far below
 
 
 def run(context, folder) -> dict:
@@ -121,7 +120,7 @@ def _chain(context, sampler, preamble, worked: Index, prompt):
             "critique": critique,
             "revision": revision,
             "kind": classify_response(revision["text"]),
-            "flags": _round_flags(newest, critique, revision, worked),
+            "flags": _round_flags(newest, critique, revision, _is_copy(settings, worked, revision["text"])),
         })  # fmt: skip
         newest = revision["text"]
     return row if row["rounds"] else None
@@ -166,13 +165,25 @@ def _first(context, prompt, response) -> dict:
 
 def _principle(context, prompt, number: int):
     """The principle of a round, drawn from all, or from those of the prompt's category where it has any."""
-    principles = context.constitution.principles
+    matched = ()
     if context.config.critique_revision.principles == "matched":
-        principles = [each for each in principles if each.category == prompt.category] or principles
-    return principles[context.row_seed(STAGE, prompt.id, number, "principle") % len(principles)]
+        matched = [each for each in context.constitution.principles if each.category == prompt.category]
+    return draw_principle(context, STAGE, prompt.id, number, among=matched)
 
 
-def _round_flags(newest, critique, revision, worked: Index) -> dict[str, bool]:
+def draw_principle(context, stage: str, row_id: str, *rest, among=()):
+    """One principle, drawn uniformly with the key of the row: of `among`, or without these of the constitution."""
+    principles = among or context.constitution.principles
+    return principles[context.row_seed(stage, row_id, *rest, "principle") % len(principles)]
+
+
+def _is_copy(settings, worked: Index, revision: str) -> bool:
+    """Whether a revision is a worked one over again."""
+    overlap, _ = worked.nearest(revision)
+    return overlap >= settings.copy_overlap
+
+
+def _round_flags(newest, critique, revision, is_copy: bool) -> dict[str, bool]:
     written, revised = critique["text"].strip(), revision["text"].strip()
     return {
         "critique_truncated": critique["truncated"],
@@ -181,7 +192,7 @@ def _round_flags(newest, critique, revision, worked: Index) -> dict[str, bool]:
         "revision_empty": not revised,
         "revision_unchanged": revised == newest.strip(),
         "revision_copies_critique": bool(written) and revised == written,
-        "revision_copies_example": worked.nearest(revised)[0] >= COPY,
+        "revision_copies_example": is_copy,
         "revision_degenerate": classify_response(revised) == "degenerate",
     }
 

@@ -52,17 +52,24 @@ def run(context, folder) -> dict:
     reward = None
     if context.available("reward_model", settings.reward_model):
         reward = context.load_from("reward_model", settings.reward_model, "reward")
-    with_answer = [item for item in items if _has_reference(base_sampler, item)]
+    with_answer = [item for item in items if item[1].answer]
+    fitting = [item for item in with_answer if _reference_fits(base_sampler, item[1])]
+    skipped += [
+        {"id": prompt.id, "reason": "its answer does not fit sampler.max_length"}
+        for set_name, prompt in with_answer
+        if (set_name, prompt) not in fitting
+    ]
     rows, references = [], []
     contenders = _contenders(context)
     for contender in contenders:
-        left = unfinished(folder, f"rows-{contender.name}", len(items), settings.rows_per_shard)
-        title = f"evaluate: {contender.name}"
-        with context.progress.task(title, len(items), "prompts", done=len(items) - left) as task:
+        parts = {f"rows-{contender.name}": items, f"references-{contender.name}": fitting if contender.n == 1 else []}
+        left = sum(unfinished(folder, name, len(part), settings.rows_per_shard) for name, part in parts.items())
+        total, title = sum(map(len, parts.values())), f"evaluate: {contender.name}"
+        with context.progress.task(title, total, "answers", done=total - left) as task:
             sampler = _sampler_of(context, base_sampler, contender, task)
             rows += _answers_of(context, folder, base_sampler, reward, contender, sampler, items)
-        if contender.n == 1:
-            references += _references_of(context, folder, contender, sampler, with_answer)
+            if contender.n == 1:
+                references += _references_of(context, folder, contender, sampler, fitting)
     draws = {contender.name: contender.n for contender in contenders}
     return _summary(rows, references, skipped) | {"draws": draws}
 
@@ -140,11 +147,9 @@ def _reference_ids(tokenizer, prompt) -> list[int]:
     return completion_ids(tokenizer, prompt.answer, turn_end_id(tokenizer))
 
 
-def _has_reference(sampler, item) -> bool:
-    """Whether a prompt came with an answer that fits behind it."""
-    _, prompt = item
-    room = len(_reference_ids(sampler.model.tokenizer, prompt))
-    return bool(prompt.answer) and sampler.fits(messages_of(prompt), room)
+def _reference_fits(sampler, prompt) -> bool:
+    """Whether the answer that came with a prompt fits behind it."""
+    return sampler.fits(messages_of(prompt), len(_reference_ids(sampler.model.tokenizer, prompt)))
 
 
 def _references_of(context, folder, contender: Contender, sampler: Callable, items) -> list[dict]:

@@ -138,6 +138,9 @@ def check_principles(config: Config, constitution: Constitution) -> None:
     if "rule" in asked and not any(principle.check for principle in constitution.principles):
         raise UserError(f"{constitution.path}: no principle has a check, which the labeler rule needs: write one, "
                         "or take rule out of preferences.labelers and judge.also")
+    if "examples" in asked and not constitution.critique_few_shots:
+        raise UserError(f"{constitution.path}: few_shots has no worked critique, and the labeler examples needs some: "
+                        "write them, or take examples out of preferences.labelers and judge.also")
     if "preferences" not in config.stages:
         return
     count, there = config.preferences.principles, len(constitution.principles)

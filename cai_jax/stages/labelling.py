@@ -90,6 +90,14 @@ def has_room(labeler: Labeler, messages: Sequence[dict], principles: Sequence[Pr
     return True
 
 
+def principles_of(context, labelers: Sequence[Labeler], stage: str, row_id: str) -> list[Principle]:
+    """The principles behind the label of a pair: drawn ones, or those that all its labelers go by instead of them."""
+    own = [getattr(each, "own_principles", ()) for each in labelers]
+    if not all(own):
+        return draw_principles(context, stage, row_id)
+    return list({principle.id: principle for principles in own for principle in principles}.values())
+
+
 def draw_principles(context, stage: str, row_id: str) -> list[Principle]:
     """The principles of a pair: as many as the config asks for, drawn with the key of the pair; all in their order."""
     left, count = list(context.constitution.principles), context.config.preferences.principles

@@ -108,7 +108,7 @@ def _label(context, folder, pairs):
     asked_of = Judge(judge.tokenizer, judge.hash, limit, settings.guard)
     labelers = labelling.labelers_of(context, asked_of)
     asked = [Pair(row["id"], row["messages"], row["response_a"]["text"], row["response_b"]["text"]) for row in pairs]
-    principles = [labelling.draw_principles(context, STAGE, pair.id) for pair in asked]
+    principles = [labelling.principles_of(context, labelers, STAGE, pair.id) for pair in asked]
     driver = labelling.driver_of(context, judge)
     opinions = {each.name: labelling.opinions(context, folder, each, asked, principles, driver) for each in labelers}
     for name, found in opinions.items():

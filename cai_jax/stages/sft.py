@@ -62,6 +62,9 @@ def _revisions(context, counters, skipped) -> list[Example]:
     rows = {}
     for row in context.folder("critique_revision").read_shards():
         for entry in row["rounds"]:
+            if unknown := set(context.config.sft.drop) - set(entry["flags"]):
+                raise UserError(f"sft.drop: the rows of critique_revision have no flag {min(unknown)}, as an earlier "
+                                "version made them; --fresh --stages=critique_revision makes them again")
             row_id = f"{row['id']}/round-{entry['round']}"
             if reasons := [flag for flag in context.config.sft.drop if entry["flags"][flag]]:
                 counters[f"dropped/{reasons[0]}"] += 1

@@ -218,12 +218,6 @@ def test_examples_are_the_ratio_with_and_without_the_worked_answers(sampler, mod
         assert opinion.logit == pytest.approx(2 * (ratios[0] - ratios[1]), abs=2e-4)
 
 
-def test_examples_without_worked_answers_are_refused(model):
-    config, judge = load_config("tiny")[1], Judge(model.tokenizer, model.hash, 2048)
-    with pytest.raises(UserError, match="examples needs worked answers, and the constitution verifiable has none"):
-        make.labeler("examples", config, replace(CONSTITUTION, critique_few_shots=()), judge)
-
-
 def test_an_opposite_of_ones_own_takes_the_place_of_ours():
     principle = CONSTITUTION.principles[0]
     own = replace(principle, opposite="Ramble on and on.")

@@ -154,6 +154,17 @@ def test_principles_are_drawn_without_repetition_and_one_as_ever():
     assert labelling.draw_principles(given, "preferences", "p") == list(given.constitution.principles)
 
 
+def test_labelers_with_principles_of_their_own_stand_for_these():
+    given = SimpleNamespace(
+        constitution=VERIFIABLE, row_seed=lambda *parts: row_seed(7, *parts),
+        config=SimpleNamespace(preferences=SimpleNamespace(principles=1)),
+    )  # fmt: skip
+    own = SimpleNamespace(own_principles=VERIFIABLE.principles[1:3])
+    assert labelling.principles_of(given, [own, own], "preferences", "p") == list(VERIFIABLE.principles[1:3])
+    drawn = labelling.draw_principles(given, "preferences", "p")
+    assert labelling.principles_of(given, [own, SimpleNamespace()], "preferences", "p") == drawn
+
+
 def test_several_principles_stand_in_the_row():
     columns = labelling.principle_columns(VERIFIABLE.principles[:2])
     assert columns["principle"] == "several" and columns["principles"] == ["brief", "closing_words"]
