@@ -161,7 +161,7 @@ class Preferences:
     filters: Filters = Filters()
     response: Sampling = Sampling(max_new_tokens=128)
     responses_per_prompt: int = 2  # each two of them are a pair
-    rows_per_shard: int = 64
+    rows_per_shard: int = 64  # prompts with their pairs, or labels
 
 
 @dataclass(frozen=True)

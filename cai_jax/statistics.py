@@ -18,9 +18,34 @@ def wilson_interval(successes: int, n: int) -> dict:
     if n == 0:
         return _interval(None, None, None, 0)
     share = successes / n
+    return _interval(share, *_wilson_bounds(share, n), n)
+
+
+def _wilson_bounds(share: float, n: float) -> tuple[float, float]:
     centre = (share + Z**2 / (2 * n)) / (1 + Z**2 / n)
     half = Z / (1 + Z**2 / n) * math.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2))
-    return _interval(share, max(0.0, centre - half), min(1.0, centre + half), n)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def grouped_share(hits, groups) -> dict:
+    """Share of cases that hit, with Wilson's interval for as many independent cases as they are worth.
+
+    Cases of one group (pairs of a prompt share responses) say less than as many independent ones. Their number is
+    divided by the design effect, the variance of the share between groups over that of independent cases (Kish 1965;
+    Korn and Graubard 1998); where all cases agree that is unknown, and a group counts as one case.
+
+    Args:
+      hits: whether each case hit. groups: to which group each case belongs.
+    """
+    hits = np.asarray(hits, float)
+    n, (names, group_of) = len(hits), np.unique([str(group) for group in groups], return_inverse=True)
+    if len(names) == n:
+        return wilson_interval(int(hits.sum()), n)
+    share = float(hits.mean())
+    binomial = share * (1 - share) / n
+    between = float(np.sum(np.bincount(group_of, hits - share) ** 2)) / n**2
+    worth = n / max(1.0, between / binomial) if binomial else float(len(names))
+    return _interval(share, *_wilson_bounds(share, worth), n)
 
 
 def mean_interval(values) -> dict:

@@ -4,6 +4,7 @@ import math
 import numpy as np
 import pytest
 
+from cai_jax import statistics
 from cai_jax.statistics import auroc, calibration, correlation, mean_interval, wilson_interval
 
 NOTHING = {"value": None, "low": None, "high": None, "n": 0}
@@ -211,3 +212,29 @@ def test_everything_is_plain_json():
         correlation(np.float32([1, 2]), np.float32([2, 1])),
     ]
     json.dumps(results, allow_nan=False)
+
+
+def test_a_grouped_share_is_wilsons_where_each_case_is_its_own_group():
+    hits = [True] * 17 + [False] * 3
+    assert statistics.grouped_share(hits, range(20)) == pytest.approx(statistics.wilson_interval(17, 20))
+    assert statistics.grouped_share([], []) == statistics.wilson_interval(0, 0)
+
+
+def test_a_grouped_share_counts_copies_as_what_they_are():
+    """Each case ten times over is no more evidence than once, and where all agree a group is a case."""
+    hits = [True] * 17 + [False] * 3
+    once = statistics.wilson_interval(17, 20)
+    copied = statistics.grouped_share(np.repeat(hits, 10), np.repeat(np.arange(20), 10))
+    assert copied == pytest.approx(once | {"n": 200})
+    agreed = statistics.grouped_share([True] * 200, np.repeat(np.arange(20), 10))
+    assert agreed == pytest.approx(statistics.wilson_interval(20, 20) | {"n": 200})
+
+
+def test_the_grouped_interval_holds_the_truth_as_often_as_it_says():
+    rng, held = np.random.default_rng(0), 0
+    for _ in range(400):
+        of_group = rng.beta(4, 1, size=40)  # mean 0.8, and cases of a group are much alike
+        groups = np.repeat(np.arange(40), 6)
+        found = statistics.grouped_share(rng.random(240) < of_group[groups], groups)
+        held += found["low"] <= 0.8 <= found["high"]
+    assert 0.91 <= held / 400 <= 0.99

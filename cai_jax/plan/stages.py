@@ -303,9 +303,9 @@ def _evaluate(run: Run) -> list[Program]:
     model, reward = run.models["evaluate.rl"], run.models["evaluate.reward_model"]
     base, other = run.params(base_model, "policy"), run.params(model, "policy")
     held = size(base, other, run.params(reward, "reward")) + sampler_bytes(run, base_model)
-    # Each contender answers; the base reads what the others wrote.
+    # Each contender answers and reads a good answer; the base reads what the others wrote.
     contenders = _contenders(run.config)
-    draws, read = sum(contenders.values()), len(contenders) * (prompt + prompt + answer)
+    draws, read = sum(contenders.values()), len(contenders) * (prompt + 2 * (prompt + answer))
     load = Load.of(run.config.sampler.rows, rows, draws * answer, read, prompt + answer / 2)
     return [
         *sampler_programs(run, "evaluate", model, other, held, load),

@@ -10,6 +10,7 @@ from cai_jax.config import Config, PromptSet
 from cai_jax.constitution import Constitution, load_constitution
 from cai_jax.gold import load_gold
 from cai_jax.prompt_sets import load_prompts
+from cai_jax.prompts import worked_answers
 
 CHARACTERS_A_TOKEN = 4  # of English prose, for the usual vocabularies
 ASSUMED_PROMPTS, ASSUMED_TOKENS = 1000, 128  # of a set that is on the hub
@@ -62,6 +63,9 @@ def workload_of(config: Config) -> Workload:
         "critique_revision": _tokens(constitution.critique_few_shots),
         "preferences": _tokens(constitution.preference_few_shots),
     }
+    if "examples" in (*config.preferences.labelers, *config.judge.also):
+        worked = sum(len(turn["content"]) for turn in worked_answers(constitution)) / CHARACTERS_A_TOKEN
+        preambles["preferences"] = max(preambles["preferences"], round(worked))
     return Workload(sets, preambles, len(constitution.principles), _gold(config, constitution), tuple(assumed))
 
 

@@ -23,8 +23,8 @@ def critique_revision(run: Run, titles: dict[str, str]) -> list:
     return [
         paragraph(
             "The base model answers each unsafe prompt. Then, a few rounds over, it criticises its answer"
-            " under one principle drawn from the constitution and rewrites it. The rewritten answers are what"
-            " it is trained on."
+            " under one principle of the constitution and rewrites it. It is trained on the rewritten answers, but"
+            f" for those that are no revision ({_dropped(run)})."
         ),
         facts(
             [
@@ -59,7 +59,31 @@ def critique_revision(run: Run, titles: dict[str, str]) -> list:
             if drawn
             else None
         ),
+        _kinds(summary.get("kinds") or {}),
         _verifiable(summary.get("checks") or {}, titles),
+    ]
+
+
+def _dropped(run: Run) -> str:
+    """What the flags of dropped rounds say, as the config has them."""
+    flags = run.resolved("sft.drop")
+    return ", ".join(flag.replace("_", " ") for flag in flags) if isinstance(flags, list) and flags else "none"
+
+
+def _kinds(kinds: dict) -> list | None:
+    """What kind of text responses and the revisions of each round are: the paper's curve, counted by rule."""
+    if not kinds.get("response"):
+        return None
+    columns = {"response": kinds["response"]}
+    columns |= {f"revision {number}": found for number, found in enumerate(kinds.get("revision") or [], start=1)}
+    return [
+        el("h3", "What the revisions made of the responses"),
+        paragraph("How many texts are of each kind, told apart by rule: a refusal declines at its start."),
+        table(
+            ["kind", *columns],
+            [[kind, *(count(found.get(kind)) for found in columns.values())] for kind in kinds["response"]],
+            numeric_from=1,
+        ),
     ]
 
 
@@ -161,8 +185,8 @@ def preferences(run: Run, titles: dict[str, str]) -> list:
     both = [pair for pair in both if known(pair[0]) and known(pair[1]) and side_by_side]
     return [
         paragraph(
-            "The SL-CAI model answers each prompt twice. Labelers compare both answers under principles of the"
-            " constitution; the label is the probability that the first is better, their log-odds averaged."
+            "The SL-CAI model answers each prompt several times. Labelers compare each two answers under principles of"
+            " the constitution; the label is the probability that the first is better, their log-odds averaged."
             " Labels stay soft: 0.5 means no opinion."
         ),
         facts(

@@ -178,15 +178,17 @@ def held_out_metrics(settings, pairs, logprobs) -> dict:
         "n": len(pairs),
         "ties": int((~decided).sum()),
         "loss": statistics.mean_interval(_losses(settings, pairs, logprobs)),
-        "accuracy": _share(margins > 0, decided),
+        "accuracy": _share(margins > 0, decided, pairs),
         "margin": statistics.mean_interval(margins),
         "chosen_reward": statistics.mean_interval(rewards[:, 0]),
         "rejected_reward": statistics.mean_interval(rewards[:, 1]),
         "kl": statistics.mean_interval((reference - logprobs).mean(axis=1)),
-        "longer_wins_accuracy": _share(longer > 0, decided & (longer != 0)),
-        "shorter_wins_accuracy": _share(longer < 0, decided & (longer != 0)),
+        "longer_wins_accuracy": _share(longer > 0, decided & (longer != 0), pairs),
+        "shorter_wins_accuracy": _share(longer < 0, decided & (longer != 0), pairs),
     }
 
 
-def _share(right, counted) -> dict:
-    return statistics.wilson_interval(int((right & counted).sum()), int(counted.sum()))
+def _share(right, counted, pairs) -> dict:
+    """The share of the counted pairs that are right; those of a prompt are not independent."""
+    prompts = [pair["prompt_id"] for pair, counts in zip(pairs, counted, strict=True) if counts]
+    return statistics.grouped_share(right[counted], prompts)

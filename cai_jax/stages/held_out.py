@@ -31,13 +31,13 @@ def held_out_metrics(pairs, seed: int = 0) -> dict:
     return {
         "n": len(pairs),
         "ties": int((~decided).sum()),
-        "accuracy": _share(right),
+        "accuracy": _share(right, judged),
         "calibration_error": error,
         "calibration_bins": bins,
         "length_correlation": statistics.correlation(lengths, scores.mean(axis=2).ravel()),
         **_rules(judged, right, observed[decided] > 0.5, seed),
-        "principles": _by([pair["principles"] for pair in judged], right),
-        "categories": _by([[pair["category"]] for pair in judged], right),
+        "principles": _by([pair["principles"] for pair in judged], right, judged),
+        "categories": _by([[pair["category"]] for pair in judged], right, judged),
         **_uncertainty(gaps, right, decided),
     }
 
@@ -54,9 +54,12 @@ def _rules(pairs, right, first_better, seed: int) -> dict:
     best = max(RULES, key=lambda name: outcomes[name].sum())
     groups = [pair["prompt_id"] for pair in pairs]
     gain = statistics.paired_gain(right - outcomes[best], groups, seed)
-    spoken = {name: outcomes[name][says[name] != 0] > 0.5 for name in RULES if name != "coin"}
+    spoken = {}
+    for name in ("shorter_wins", "longer_wins", "refusal_wins"):
+        said = says[name] != 0
+        spoken[f"{name}_accuracy"] = _share(outcomes[name][said] > 0.5, _where(said, pairs))
     return {
-        **{f"{name}_accuracy": _share(agreed) for name, agreed in spoken.items()},
+        **spoken,
         "best_rule": {"rule": best, "accuracy": float(outcomes[best].mean()) if len(pairs) else None},
         "gain_over_best_rule": gain,
         "beats_best_rule": statistics.wins(gain),
@@ -77,10 +80,16 @@ def _uncertainty(gaps, right, decided) -> dict:
     }
 
 
-def _by(names, right) -> dict:
+def _by(names, right, pairs) -> dict:
     """Accuracy over the pairs under each name; a pair counts under each of its names."""
-    return {name: _share(right[[name in own for own in names]]) for name in sorted({n for own in names for n in own})}
+    under = {name: np.asarray([name in own for own in names]) for name in sorted({n for own in names for n in own})}
+    return {name: _share(right[held], _where(held, pairs)) for name, held in under.items()}
 
 
-def _share(right) -> dict:
-    return statistics.wilson_interval(int(np.sum(right)), len(right))
+def _where(held, pairs) -> list[dict]:
+    return [pair for pair, yes in zip(pairs, held, strict=True) if yes]
+
+
+def _share(right, pairs) -> dict:
+    """The share of pairs that are right; those of a prompt are not independent."""
+    return statistics.grouped_share(right, [pair["prompt_id"] for pair in pairs])
