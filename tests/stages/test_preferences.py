@@ -1,5 +1,6 @@
 """Responses to a prompt and the pairs made of them; labels themselves are in test_labelling.py."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -18,13 +19,17 @@ SETTINGS = {
 }  # fmt: skip
 
 
+def run_in(run_dir) -> None:
+    config = apply_overrides(load_config("tiny")[1], [f"{name}={value}" for name, value in SETTINGS.items()])
+    context = prepare("tiny", replace(config, stages=("preferences",)), run_dir, False, Progress(run_dir))
+    context.run_stage("preferences")
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """The summary of the stage and its folder, three responses a prompt."""
-    config = apply_overrides(load_config("tiny")[1], [f"{name}={value}" for name, value in SETTINGS.items()])
     run_dir = tmp_path_factory.mktemp("run")
-    context = prepare("tiny", replace(config, stages=("preferences",)), run_dir, False, Progress(run_dir))
-    context.run_stage("preferences")
+    run_in(run_dir)
     return read_json(run_dir / "preferences" / "summary.json"), StageFolder(run_dir, "preferences")
 
 
@@ -46,3 +51,15 @@ def test_a_shard_holds_the_pairs_of_so_many_prompts(made):
     _, folder = made
     shards = sorted(folder.path.glob("pairs-*.jsonl"))
     assert [len(path.read_text().splitlines()) for path in shards] == [9, 3]
+
+
+def test_a_stage_that_lost_a_shard_makes_the_same_bytes_again(made, tmp_path):
+    _, folder = made
+    stage = tmp_path / "preferences"
+    shutil.copytree(folder.path, stage)
+    for path in (*stage.glob("pairs-00001-*"), *stage.glob("opinions-*"), *stage.glob("rows-*"), stage / "done.json"):
+        path.unlink()
+    run_in(tmp_path)
+    done = read_json(folder.path / "done.json")["artifacts"]
+    assert any(name.startswith("pairs-00001") for name in done)
+    assert read_json(stage / "done.json")["artifacts"] == done
