@@ -27,6 +27,7 @@ def config() -> c.Config:
             rows_per_shard=2,
         ),
         sft=c.Sft(
+            drop=(),  # all that a random model writes is degenerate
             epochs=3,
             batch_size=2,
             sequence_length=256,
