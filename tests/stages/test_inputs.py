@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from cai_jax.config import ROUND_FLAGS, STAGES
+from cai_jax.config import NO_REVISIONS, ROUND_FLAGS, STAGES
 from cai_jax.errors import UserError
 from cai_jax.models.byte_tokenizer import byte_tokenizer
 from cai_jax.models.pretrained import load_model, save_model
@@ -280,8 +280,9 @@ def sft_context(tmp_path, *revisions):
         }]}
         for n, revision in enumerate(revisions)
     ])  # fmt: skip
+    config = apply_overrides(load_config("tiny")[1], [f"sft.drop={','.join(NO_REVISIONS)}"])
     return SimpleNamespace(
-        base=SimpleNamespace(tokenizer=byte_tokenizer()), config=load_config("tiny")[1], folder=lambda stage: folder
+        base=SimpleNamespace(tokenizer=byte_tokenizer()), config=config, folder=lambda stage: folder
     )
 
 
