@@ -11,6 +11,7 @@ import importlib.util
 import json
 import math
 import os
+import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -129,17 +130,30 @@ def _drop_after(path: Path, unit: str, done: int) -> None:
 
 
 class _EventFile:
-    """A TensorBoard event file. Its first event says from which step on earlier files are out of date."""
+    """A TensorBoard event file. Its first event says from which step on earlier files are out of date.
+
+    Events are written where they stand: the `flush` of tensorboardX's own SummaryWriter leaves what waits in its queue.
+    """
 
     def __init__(self, folder: Path, done: int):
-        from tensorboardX import SummaryWriter
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import SessionLog
 
+        folder.mkdir(parents=True, exist_ok=True)
         # The suffix keeps two commands of one second apart.
-        self._writer = SummaryWriter(str(folder), purge_step=done + 1, filename_suffix=f".from-{done + 1:08d}")
+        self._writer = EventsWriter(str(folder / "events"), f".from-{done + 1:08d}")
+        self._add(done + 1, session_log=SessionLog(status=SessionLog.START))
+
+    def _add(self, step: int, **content) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+
+        self._writer.write_event(Event(wall_time=time.time(), step=step, **content))
 
     def write(self, step: int, numbers: dict[str, float]) -> None:
+        from tensorboardX.summary import scalar
+
         for tag, number in numbers.items():
-            self._writer.add_scalar(tag, number, step)
+            self._add(step, summary=scalar(tag, number))
 
     def flush(self) -> None:
         self._writer.flush()

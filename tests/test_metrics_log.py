@@ -265,3 +265,13 @@ def test_the_door_refuses_before_anything_is_computed(tmp_path):
     assert result.returncode == 2 and result.stderr.startswith("error: logging.wandb=p: wandb is not installed")
     assert result.stderr.count("\n") == 1
     assert not [path for path in (tmp_path / "runs" / "tiny").iterdir() if path.is_dir()]
+
+
+def test_all_that_was_written_is_on_disk_after_a_sync(tmp_path):
+    """A checkpoint comes after the sync, and a run that is killed then goes on from it."""
+    log = MetricsLog(tmp_path, 1e6, CPU)
+    with log.opened("step", 0):
+        for step in range(1, 40):
+            log.append({"step": step, **{f"number_{i}": float(step) for i in range(30)}}, 8, 0.5)
+            log.sync()
+            assert [pair[0] for pair in scalars(tmp_path)["metrics/number_29"]] == list(range(1, step + 1))
