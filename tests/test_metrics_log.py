@@ -267,11 +267,14 @@ def test_the_door_refuses_before_anything_is_computed(tmp_path):
     assert not [path for path in (tmp_path / "runs" / "tiny").iterdir() if path.is_dir()]
 
 
-def test_all_that_was_written_is_on_disk_after_a_sync(tmp_path):
-    """A checkpoint comes after the sync, and a run that is killed then goes on from it."""
+def test_all_that_was_written_is_on_disk_after_a_sync(tmp_path, monkeypatch):
+    """A checkpoint follows, and a run that is killed then goes on from it: no thread may have to come first.
+
+    tensorboardX's own writer leaves events to a thread; here that never gets its turn.
+    """
+    monkeypatch.setattr("tensorboardX.event_file_writer._EventLoggerThread.run", lambda thread: None)
     log = MetricsLog(tmp_path, 1e6, CPU)
     with log.opened("step", 0):
-        for step in range(1, 40):
-            log.append({"step": step, **{f"number_{i}": float(step) for i in range(30)}}, 8, 0.5)
-            log.sync()
-            assert [pair[0] for pair in scalars(tmp_path)["metrics/number_29"]] == list(range(1, step + 1))
+        log.append({"step": 1, "loss": 0.5}, 8, 0.5)
+        log.sync()
+        assert scalars(tmp_path)["metrics/loss"] == [(1, 0.5)]
