@@ -54,6 +54,9 @@ class CritiqueRevision:
     """SL-CAI data: response, then rounds of critique and revision (Bai et al. 2022, section 3)."""
 
     rounds: int = 4
+    critiques: bool = True  # a critique before each revision; without, revisions are asked for at once (section 3.5)
+    draws: int = 1  # revisions drawn in a round; the likeliest after the constitution's worked answers, as against
+    # without them, becomes the revision: see the labeler `examples`
     principles: str = "drawn"  # for a round: drawn, one of all; matched, one of the prompt's category where it has any
     response: Sampling = Sampling(max_new_tokens=128)
     critique: Sampling = Sampling(max_new_tokens=96)

@@ -103,8 +103,9 @@ BOUNDS = {
         "rows_per_shard": _at_least(1),
     },
     c.CritiqueRevision: {
-        "rounds": _at_least(1), "principles": _one_of("drawn", "matched"), "copy_overlap": _ABOVE_0_TO_1,
-        "critic": _OURS_OR_EXTERNAL, "reviser": _OURS_OR_EXTERNAL, "rows_per_shard": _at_least(1),
+        "rounds": _at_least(1), "draws": _at_least(1), "principles": _one_of("drawn", "matched"),
+        "copy_overlap": _ABOVE_0_TO_1, "critic": _OURS_OR_EXTERNAL, "reviser": _OURS_OR_EXTERNAL,
+        "rows_per_shard": _at_least(1),
     },  # fmt: skip
     c.Sft: {
         "drop": ((lambda value: set(value) <= set(c.ROUND_FLAGS)), "some of " + ", ".join(c.ROUND_FLAGS)),

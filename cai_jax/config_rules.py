@@ -218,6 +218,12 @@ def _check_external(config: Config) -> None:
     endpoint, settings = config.endpoint, config.critique_revision
     if endpoint.max_cost and not (endpoint.price_read or endpoint.price_written):
         raise UserError(f"endpoint.max_cost ({endpoint.max_cost}) needs endpoint.price_read and endpoint.price_written")
+    if settings.critic and not settings.critiques:
+        raise UserError("critique_revision.critic is set, and critique_revision.critiques=false asks for no critiques: "
+                        "drop one of them")
+    if settings.draws > 1 and settings.reviser:
+        raise UserError(f"critique_revision.draws ({settings.draws}) must be 1 where critique_revision.reviser is "
+                        "external: one revision is paid for")
     for who, what in (("critic", "critique"), ("reviser", "revision")):
         if not getattr(settings, who):
             continue

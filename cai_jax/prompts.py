@@ -66,16 +66,17 @@ def _spoken(category: str) -> str:
 # ---------------------------------------------------------------- critique and revision
 
 
-def critique_preamble(constitution) -> list[dict]:
+def critique_preamble(constitution, critiques: bool = True) -> list[dict]:
     """The constitution's worked critiques and revisions as one conversation.
 
-    Each example: prompt, response, critique request, critique, revision request, revision.
+    Each example: prompt, response, critique request, critique, revision request, revision. Without `critiques` the
+    two turns about the critique are left out, as they are from the rows (Bai et al. 2022, section 3.5).
     """
     turns = []
     for shot in constitution.critique_few_shots:
         principle = constitution.principle(shot.principle)
         prompt = [_turn("user", shot.prompt)]
-        turns += revision_request(prompt, shot.response, principle, shot.critique)
+        turns += revision_request(prompt, shot.response, principle, shot.critique if critiques else None)
         turns.append(_turn("assistant", shot.revision))
     return turns
 
@@ -98,24 +99,38 @@ def critique_request(messages: list[dict], response: str, principle) -> list[dic
     return [*messages, _turn("assistant", response), _turn("user", principle.critique_request)]
 
 
-def revision_request(messages: list[dict], response: str, principle, critique: str) -> list[dict]:
-    """The conversation of `critique_request`, the critique, and the principle's request to revise."""
-    asked = critique_request(messages, response, principle)
-    return [*asked, _turn("assistant", critique), _turn("user", principle.revision_request)]
+def revision_request(messages: list[dict], response: str, principle, critique: str | None) -> list[dict]:
+    """The conversation of `critique_request`, the critique, and the principle's request to revise.
+
+    Where there is no critique, the request to revise comes right after the response.
+    """
+    if critique is None:
+        asked = [*messages, _turn("assistant", response)]
+    else:
+        asked = [*critique_request(messages, response, principle), _turn("assistant", critique)]
+    return [*asked, _turn("user", principle.revision_request)]
 
 
-def quoted_request(messages: list[dict], response: str, principle, critique: str | None = None) -> list[dict]:
-    """What is asked of another model: a critique of the response, or with `critique` a revision of it.
+def quoted_critique_request(messages: list[dict], response: str, principle) -> list[dict]:
+    """What is asked of another model for a critique of the response.
 
     All that others wrote is quoted in one user turn, so that nothing in it speaks for this program.
     """
+    asked = f"{principle.critique_request}\nWrite the critique of the response and nothing else."
+    return _quoted(messages, response, None, asked)
+
+
+def quoted_revision_request(messages: list[dict], response: str, principle, critique: str | None) -> list[dict]:
+    """What is asked of another model for a revision of the response, likewise; after a critique if there is one."""
+    asked = f"{principle.revision_request}\nWrite the revised response and nothing else."
+    return _quoted(messages, response, critique, asked)
+
+
+def _quoted(messages: list[dict], response: str, critique: str | None, asked: str) -> list[dict]:
     parts = [f"{message['role'].capitalize()}:\n{quote(message['content'])}" for message in messages]
     parts.append(f"Response:\n{quote(response)}")
-    if critique is None:
-        asked = f"{principle.critique_request}\nWrite the critique of the response and nothing else."
-    else:
+    if critique is not None:
         parts.append(f"Critique:\n{quote(critique)}")
-        asked = f"{principle.revision_request}\nWrite the revised response and nothing else."
     return [_turn("user", "\n\n".join([_QUOTED, *parts, asked]))]
 
 

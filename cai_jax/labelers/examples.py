@@ -5,7 +5,7 @@ read. Like `contrast` this compares log-probs of the responses themselves under 
 good answers in place of asking for them, so nothing need be understood of a principle's wording.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 
@@ -40,13 +40,33 @@ class Examples:
 
     def compare(self, pair: Pair, principles: Sequence[Principle], seed: int) -> Row:
         """A row program with two `Score`s, each of both responses."""
-        end = turn_end_id(self.judge.tokenizer)
-        responses = [completion_ids(self.judge.tokenizer, text, end) for text in (pair.response_a, pair.response_b)]
-        shown = [*self.preamble, *pair.messages]
-        if not self.judge.fits(shown, max(map(len, responses))):
+        texts = pair.response_a, pair.response_b
+        ratios = yield from log_ratios(
+            self.judge.tokenizer, self.judge.fits, self.preamble, pair.messages, texts, self.settings.per_token
+        )
+        if ratios is None:
             return Opinion(None, TOO_LONG)
-        after = yield Score(shown, responses)
-        without = yield Score(pair.messages, responses)
-        summed = np.mean if self.settings.per_token else np.sum
-        a, b = (float(summed(x - y)) for x, y in zip(after, without, strict=True))
-        return Opinion(self.settings.scale * (a - b), detail={"ratios": [a, b]})
+        return Opinion(self.settings.scale * (ratios[0] - ratios[1]), detail={"ratios": ratios})
+
+
+def log_ratios(
+    tokenizer,
+    fits: Callable[[Sequence[dict], int], bool],
+    preamble: Sequence[dict],
+    messages: Sequence[dict],
+    texts: Sequence[str],
+    per_token: bool,
+) -> Row:
+    """A row program that returns log p(text | worked answers, messages) - log p(text | messages) of each text, in nats.
+
+    `fits` says whether a conversation and so many tokens after it stay within the context. None where they do not.
+    """
+    end = turn_end_id(tokenizer)
+    options = [completion_ids(tokenizer, text, end) for text in texts]
+    shown = [*preamble, *messages]
+    if not fits(shown, max(map(len, options))):
+        return None
+    after = yield Score(shown, options)
+    without = yield Score(messages, options)
+    summed = np.mean if per_token else np.sum
+    return [float(summed(x - y)) for x, y in zip(after, without, strict=True)]

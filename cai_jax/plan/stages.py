@@ -46,12 +46,14 @@ def _red_team(run: Run) -> list[Program]:
 def _critique_revision(run: Run) -> list[Program]:
     settings, base = run.config.critique_revision, run.params(run.models["model.source"], "policy")
     rows, prompt = run.workload.rows("red_team"), run.workload.tokens("red_team")
-    answer, critique, revision = (
-        sampling.max_new_tokens for sampling in (settings.response, settings.critique, settings.revision)
-    )
-    new_tokens = answer + settings.rounds * (critique + revision)
+    answer, revision = settings.response.max_new_tokens, settings.revision.max_new_tokens
+    critique = settings.critique.max_new_tokens if settings.critiques else 0
+    new_tokens = answer + settings.rounds * (critique + settings.draws * revision)
     context = run.workload.preambles["critique_revision"] + prompt + answer + critique + revision / 2
     prefilled = prompt + settings.rounds * (prompt + answer)  # each round asks about the newest revision
+    if settings.draws > 1:  # all are scored after the worked answers, which no other row has left there, and without
+        worked = run.workload.preambles["critique_revision"] / 2
+        prefilled += settings.rounds * (worked + 2 * (prompt + settings.draws * revision))
     load = Load.of(run.config.sampler.rows, rows, new_tokens, prefilled, context)
     return sampler_programs(run, "critique_revision", run.models["model.source"], base, size(base), load)
 

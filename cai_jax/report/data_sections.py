@@ -22,9 +22,8 @@ def critique_revision(run: Run, titles: dict[str, str]) -> list:
     drawn = summary.get("principles") or {}
     return [
         paragraph(
-            "The base model answers each unsafe prompt. Then, a few rounds over, it criticises its answer"
-            " under one principle of the constitution and rewrites it. It is trained on the rewritten answers, but"
-            f" for those that are no revision ({_dropped(run)})."
+            f"The base model answers each unsafe prompt. Then, a few rounds over, it {_rewrites(run)}. It is trained on"
+            f" the rewritten answers, but for those that are no revision ({_dropped(run)})."
         ),
         facts(
             [
@@ -64,6 +63,15 @@ def critique_revision(run: Run, titles: dict[str, str]) -> list:
     ]
 
 
+def _rewrites(run: Run) -> str:
+    """What a round does, as the config has it."""
+    direct = run.resolved("critique_revision.critiques") is False
+    told = "rewrites its answer" if direct else "criticises its answer and rewrites it"
+    draws = run.resolved("critique_revision.draws")
+    chosen = ", and the one of several drafts is taken that is most like the constitution's worked answers"
+    return f"{told} under one principle of the constitution" + (chosen if draws and draws > 1 else "")
+
+
 def _dropped(run: Run) -> str:
     """What the flags of dropped rounds say, as the config has them."""
     flags = run.resolved("sft.drop")
@@ -75,7 +83,11 @@ def _kinds(kinds: dict) -> list | None:
     if not kinds.get("response"):
         return None
     columns = {"response": kinds["response"]}
-    columns |= {f"revision {number}": found for number, found in enumerate(kinds.get("revision") or [], start=1)}
+    drawn = kinds.get("drawn") or []
+    for i, found in enumerate(kinds.get("revision") or []):
+        if drawn[i : i + 1] not in ([], [found]):  # of several draws one was taken
+            columns[f"all draws of revision {i + 1}"] = drawn[i]
+        columns[f"revision {i + 1}"] = found
     return [
         el("h3", "What the revisions made of the responses"),
         paragraph("How many texts are of each kind, told apart by rule: a refusal declines at its start."),
@@ -150,7 +162,7 @@ def _rounds(run: Run) -> tuple[dict[str, list], dict[int, Counter]]:
             before, newest = newest, place["revision"]["text"].strip()
             tally["unchanged"] += newest == before
             tally["truncated"] += bool(place["revision"]["truncated"])
-            tally["critique cut"] += bool(place["critique"]["truncated"])
+            tally["critique cut"] += bool(place["critique"] and place["critique"]["truncated"])
     return lengths, dict(sorted(rounds.items()))
 
 

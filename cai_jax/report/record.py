@@ -76,8 +76,11 @@ def _round(step: dict, titles: dict[str, str]) -> Html:
         ),
         el(
             "div",
-            el("div", el("h5", "Critique"), text_block(step["critique"]["text"]), extent(step["critique"])),
-            el("div", el("h5", "Revision"), text_block(step["revision"]["text"]), extent(step["revision"])),
+            [
+                el("div", el("h5", what.capitalize()), text_block(step[what]["text"]), extent(step[what]))
+                for what in ("critique", "revision")
+                if step[what]
+            ],
             class_="columns",
         ),
         class_="round",

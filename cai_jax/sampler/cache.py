@@ -6,8 +6,9 @@ The last block is never read: what has no place is written there. Beside the slo
 may share.
 
 Letters of an array's axes: z blocks, q slots (or strips), k key/value heads, n head size, s entries. Their order is the
-backend's: on a CPU the two products of attention read rows of memory, elsewhere it is the one that the TPU compiler
-chooses by itself, and would copy the whole cache into (benchmarks/tpu_decode.py).
+backend's: on a CPU the two products of attention read rows of memory; on a TPU it is the one that its compiler chooses
+by itself, and would copy the whole cache into (benchmarks/tpu_decode.py); on a GPU each head of a slot is a matrix, as
+batched products want it.
 """
 
 from functools import partial
@@ -23,7 +24,7 @@ from cai_jax.models.families import ModelConfig
 
 BLOCK = 128
 STRIP = 16  # tokens of a strip in prefill; divides BLOCK
-CPU_ORDERS, OTHER_ORDERS = ("zkqns", "zkqsn"), ("zqskn", "zqskn")
+CPU_ORDERS, TPU_ORDERS, GPU_ORDERS = ("zkqns", "zkqsn"), ("zqskn", "zqskn"), ("zqksn", "zqksn")
 SHARED_ORDERS, SCALE_ORDER = ("kns", "ksn"), "zkqs"
 
 
@@ -84,7 +85,8 @@ def empty_cache(config: ModelConfig, rows: int, length: int, prefix: int, dtype,
         scales = zeros(scale_order, jnp.float32) if int8 else None
         return Entries(zeros(orders[0], dtype), zeros(orders[1], dtype), scales, scales, orders)
 
-    orders, layers = CPU_ORDERS if platform == "cpu" else OTHER_ORDERS, range(config.n_layers)
+    orders = {"cpu": CPU_ORDERS, "gpu": GPU_ORDERS}.get(platform, TPU_ORDERS)
+    layers = range(config.n_layers)
     return Cache(
         own=tuple(entries(orders, SCALE_ORDER, BLOCK) for _ in layers),
         shared=tuple(entries(SHARED_ORDERS, "ks", prefix) for _ in layers),
@@ -137,12 +139,15 @@ def block_of(own: Entries, index, slots_Q) -> Entries:
 
 
 def append(strips: Strips, layers: tuple[Entries, ...], new: tuple[Entries, ...]) -> tuple[Entries, ...]:
-    """Write new entries, strip by strip, each into its window; strips without tokens go where none is read.
+    """Write new entries, each strip into its window; strips without tokens go where none is read.
 
-    `new` is what `as_entries` makes of the keys and values of each layer.
+    `new` is what `as_entries` makes of the keys and values of each layer. Strip by strip the cache is written in place;
+    on a GPU, where each write is a launch of its own, all strips go at once.
     """
     count, length = strips.tokens_QT.shape
     slots_Q = jnp.arange(count) if strips.slots_Q is None else strips.slots_Q
+    if layers[0].orders == GPU_ORDERS:
+        return _append_at_once(strips, slots_Q, layers, new)
     blocks_Q = jnp.where(jnp.any(strips.real_QT, axis=1), strips.starts_Q // BLOCK, layers[0].keys.shape[0] - 1)
     offsets_Q = strips.starts_Q % BLOCK
 
@@ -164,6 +169,24 @@ def append(strips: Strips, layers: tuple[Entries, ...], new: tuple[Entries, ...]
         )
 
     return jax.lax.fori_loop(0, count, write_strip, layers)
+
+
+def _append_at_once(strips: Strips, slots_Q, layers: tuple[Entries, ...], new: tuple[Entries, ...]):
+    """`append` as one scatter an array; what is not real has a block beyond the last, and is dropped."""
+    length = strips.tokens_QT.shape[1]
+    nowhere = layers[0].keys.shape[0]
+    index = {
+        "z": jnp.where(strips.real_QT, (strips.starts_Q // BLOCK)[:, None], nowhere),
+        "q": jnp.broadcast_to(slots_Q[:, None], strips.real_QT.shape),
+        "s": (strips.starts_Q % BLOCK)[:, None] + jnp.arange(length),
+    }
+
+    def write(array, order, new):  # new: [K, Q, S] or [K, Q, S, N]
+        # The indices stand apart in every order, so their axes come first: [Q, S, K] or [Q, S, K, N].
+        at = tuple(index.get(letter, slice(None)) for letter in order)
+        return array.at[at].set(jnp.moveaxis(new, 0, 2), mode="drop")
+
+    return tuple(jax.tree.map(write, own, own.axes(), entries) for own, entries in zip(layers, new, strict=True))
 
 
 def as_entries(own: Entries, k_KQSN, v_KQSN) -> Entries:

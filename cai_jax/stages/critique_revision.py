@@ -1,21 +1,30 @@
 """SL-CAI data (Bai et al. 2022, section 3): a response, then rounds of critique and revision.
 
-In each round a principle is drawn for each row; the critique and the revision are of the newest revision. Every
-revision is kept. A prompt whose context holds no round is skipped by name: every row has a revision. Critiques and
-revisions may come from the model at the endpoint.
+In each round a principle is drawn for each row; the critique and the revision are of the newest revision. Of several
+draws of a revision the one is taken that is most like the constitution's worked answers. Every revision is kept. A
+prompt whose context holds no round is skipped by name: every row has a revision. Critiques and revisions may come from
+the model at the endpoint.
 """
 
 from functools import partial
 
 from cai_jax import statistics
 from cai_jax.chat import encode_text
+from cai_jax.config import ROUND_FLAGS
 from cai_jax.endpoint import question, summary_of
 from cai_jax.errors import UserError
 from cai_jax.labelers.external import ask
-from cai_jax.prompts import critique_preamble, critique_request, quoted_request, revision_request
+from cai_jax.prompts import (
+    critique_preamble,
+    critique_request,
+    quoted_critique_request,
+    quoted_revision_request,
+    revision_request,
+)
 from cai_jax.rules import explain, satisfies
-from cai_jax.sampler import Generate
+from cai_jax.sampler import Generate, several
 from cai_jax.similarity import Index
+from cai_jax.stages.revisions import choose, told
 from cai_jax.stages.rows import make_rows, mean, messages_of, sample_dict, unfinished, usable_prompts, watch
 from cai_jax.text_metrics import KINDS, classify_response
 
@@ -28,7 +37,7 @@ def run(context, folder) -> dict:
     sampler = context.sampler(context.base)
     prompts, skipped = usable_prompts(sampler, context.prompts["red_team"], settings.response.max_new_tokens)
     left = unfinished(folder, "rows", len(prompts), settings.rows_per_shard)
-    preamble = critique_preamble(context.constitution)
+    preamble = critique_preamble(context.constitution, settings.critiques)
     no_room = _no_room(sampler, preamble)
     if not any(_fits_a_round(context, sampler, preamble, prompt) for prompt in prompts):
         raise no_room
@@ -71,12 +80,22 @@ def _no_room(sampler, preamble) -> UserError:
     )
 
 
+def _no_critique_yet(settings) -> str | None:
+    """The shortest critique that a request to revise can hold; None where revisions are asked for without."""
+    return "" if settings.critiques else None
+
+
+def _room(settings) -> int:
+    """How many tokens a round writes behind one another."""
+    return settings.revision.max_new_tokens + (settings.critique.max_new_tokens if settings.critiques else 0)
+
+
 def _fits_a_round(context, sampler, preamble, prompt) -> bool:
     """Whether the shortest request that a round can make for the prompt fits: after an empty response."""
     settings = context.config.critique_revision
-    room = settings.critique.max_new_tokens + settings.revision.max_new_tokens
     shortest = min(context.constitution.principles, key=lambda p: len(p.critique_request + p.revision_request))
-    return sampler.fits(revision_request(messages_of(prompt), "", shortest, ""), room, preamble)
+    request = revision_request(messages_of(prompt), "", shortest, _no_critique_yet(settings))
+    return sampler.fits(request, _room(settings), preamble)
 
 
 def _chain(context, sampler, preamble, worked: Index, prompt):
@@ -84,46 +103,85 @@ def _chain(context, sampler, preamble, worked: Index, prompt):
 
     None where it holds not even one, or where the endpoint has failed in the first.
     """
-    settings, messages = context.config.critique_revision, messages_of(prompt)
-    seed = partial(context.row_seed, STAGE, prompt.id)
-    response = yield Generate(messages, settings.response, seed("response"))
+    settings = context.config.critique_revision
+    seed = context.row_seed(STAGE, prompt.id, "response")
+    response = yield Generate(messages_of(prompt), settings.response, seed)
     row = _first(context, prompt, response)
-    newest, room = response.text, settings.critique.max_new_tokens + settings.revision.max_new_tokens
+    newest = response.text
     for number in range(1, settings.rounds + 1):
-        principle = _principle(context, prompt, number)
-        if not sampler.fits(revision_request(messages, newest, principle, ""), room, preamble):
-            row["flags"]["context_full"] = True
+        entry = yield from _round(context, sampler, preamble, worked, row, newest, number)
+        if entry is None:
             break
-        if settings.critic:
-            asked = quoted_request(messages, newest, principle)
-            critique = yield from _outside(context, row, asked, settings.critique, seed(number, "critique"))
-        else:
-            request = [*preamble, *critique_request(messages, newest, principle)]
-            critique = sample_dict((yield Generate(request, settings.critique, seed(number, "critique"))))
-        if critique is None:
-            break
-        if settings.reviser:
-            asked = quoted_request(messages, newest, principle, critique["text"])
-            revision = yield from _outside(context, row, asked, settings.revision, seed(number, "revision"))
-        else:
-            request = [*preamble, *revision_request(messages, newest, principle, critique["text"])]
-            if settings.critic and not sampler.fits(request, settings.revision.max_new_tokens):
-                row["flags"]["context_full"] = True  # the endpoint counts its limit in other tokens
-                break
-            revision = sample_dict((yield Generate(request, settings.revision, seed(number, "revision"))))
-        if revision is None:
-            break
-        row["rounds"].append({
-            "round": number,
-            "principle": principle.id,
-            "principle_hash": principle.hash,
-            "critique": critique,
-            "revision": revision,
-            "kind": classify_response(revision["text"]),
-            "flags": _round_flags(newest, critique, revision, _is_copy(settings, worked, revision["text"])),
-        })  # fmt: skip
-        newest = revision["text"]
+        row["rounds"].append(entry)
+        newest = entry["revision"]["text"]
     return row if row["rounds"] else None
+
+
+def _round(context, sampler, preamble, worked: Index, row, newest: str, number: int):
+    """A critique of the newest text, where there are critiques, and its revision.
+
+    None where the context has no room for them or the endpoint gives none; then the row says so.
+    """
+    settings, messages = context.config.critique_revision, row["messages"]
+    principle = _principle(context, row, number)
+    shortest = revision_request(messages, newest, principle, _no_critique_yet(settings))
+    if not sampler.fits(shortest, _room(settings), preamble):
+        row["flags"]["context_full"] = True
+        return None
+    critique = yield from _critique(context, preamble, row, newest, principle, number)
+    if critique is None and settings.critiques:
+        return None
+    remark = critique["text"] if critique else None
+    revisions = yield from _revisions(context, sampler, preamble, row, newest, principle, remark, number)
+    if not revisions:
+        return None
+    drawn = [told(settings, worked, newest, remark, revision) for revision in revisions]
+    place, ratios = yield from choose(context, sampler, messages, drawn)
+    flags = {
+        "critique_truncated": bool(critique) and critique["truncated"],
+        "critique_empty": bool(critique) and not remark.strip(),
+    }
+    return {
+        "round": number,
+        "principle": principle.id,
+        "principle_hash": principle.hash,
+        "critique": critique,
+        **drawn[place],
+        "flags": {name: (flags | drawn[place]["flags"])[name] for name in ROUND_FLAGS},
+        "chosen": place,
+        "draws": [  # a ratio of 0 where there is none: a column has one type in every shard
+            {"kind": each["kind"], "rated": i in ratios, "ratio": ratios.get(i, 0.0)} for i, each in enumerate(drawn)
+        ],
+    }
+
+
+def _critique(context, preamble, row, newest: str, principle, number: int):
+    """The critique of a round; None where revisions are asked for without, or the endpoint gives none."""
+    settings, messages = context.config.critique_revision, row["messages"]
+    seed = context.row_seed(STAGE, row["id"], number, "critique")
+    if not settings.critiques:
+        return None
+    if settings.critic:
+        asked = quoted_critique_request(messages, newest, principle)
+        return (yield from _outside(context, row, asked, settings.critique, seed))
+    request = [*preamble, *critique_request(messages, newest, principle)]
+    return sample_dict((yield Generate(request, settings.critique, seed)))
+
+
+def _revisions(context, sampler, preamble, row, newest: str, principle, critique: str | None, number: int):
+    """The draws of a revision; none where the endpoint gives none, or its critique leaves no room."""
+    settings, messages = context.config.critique_revision, row["messages"]
+    seed = partial(context.row_seed, STAGE, row["id"], number, "revision")
+    if settings.reviser:
+        asked = quoted_revision_request(messages, newest, principle, critique)
+        revision = yield from _outside(context, row, asked, settings.revision, seed())
+        return [revision] if revision else []
+    request = [*preamble, *revision_request(messages, newest, principle, critique)]
+    if settings.critic and not sampler.fits(request, settings.revision.max_new_tokens):
+        row["flags"]["context_full"] = True  # the endpoint counts its limit in other tokens
+        return []
+    seeds = [seed(), *(seed(i) for i in range(1, settings.draws))]
+    return [sample_dict(sample) for sample in (yield from several(request, settings.revision, seeds))]
 
 
 def _outside(context, row, request, sampling, seed):
@@ -163,38 +221,18 @@ def _first(context, prompt, response) -> dict:
     return row
 
 
-def _principle(context, prompt, number: int):
+def _principle(context, row, number: int):
     """The principle of a round, drawn from all, or from those of the prompt's category where it has any."""
     matched = ()
     if context.config.critique_revision.principles == "matched":
-        matched = [each for each in context.constitution.principles if each.category == prompt.category]
-    return draw_principle(context, STAGE, prompt.id, number, among=matched)
+        matched = [each for each in context.constitution.principles if each.category == row["category"]]
+    return draw_principle(context, STAGE, row["id"], number, among=matched)
 
 
 def draw_principle(context, stage: str, row_id: str, *rest, among=()):
     """One principle, drawn uniformly with the key of the row: of `among`, or without these of the constitution."""
     principles = among or context.constitution.principles
     return principles[context.row_seed(stage, row_id, *rest, "principle") % len(principles)]
-
-
-def _is_copy(settings, worked: Index, revision: str) -> bool:
-    """Whether a revision is a worked one over again."""
-    overlap, _ = worked.nearest(revision)
-    return overlap >= settings.copy_overlap
-
-
-def _round_flags(newest, critique, revision, is_copy: bool) -> dict[str, bool]:
-    written, revised = critique["text"].strip(), revision["text"].strip()
-    return {
-        "critique_truncated": critique["truncated"],
-        "critique_empty": not written,
-        "revision_truncated": revision["truncated"],
-        "revision_empty": not revised,
-        "revision_unchanged": revised == newest.strip(),
-        "revision_copies_critique": bool(written) and revised == written,
-        "revision_copies_example": is_copy,
-        "revision_degenerate": classify_response(revised) == "degenerate",
-    }
 
 
 def count_flags(holders) -> dict[str, int]:
@@ -240,13 +278,17 @@ def _summary(context, rows, skipped, roomless) -> dict:
         "counters": counters,
         "mean_tokens": {
             "response": mean(row["response"]["tokens"] for row in rows),
-            "critique": mean(entry["critique"]["tokens"] for entry in rounds),
+            "critique": mean(entry["critique"]["tokens"] for entry in rounds if entry["critique"]),
             "revision": [mean(e["revision"]["tokens"] for e in rounds if e["round"] == n) for n in by_round],
         },
         "principles": principles,
         "kinds": {
             "response": _kinds(rows),
             "revision": [_kinds([entry for entry in rounds if entry["round"] == number]) for number in by_round],
+            "drawn": [
+                _kinds([each for entry in rounds if entry["round"] == number for each in entry["draws"]])
+                for number in by_round
+            ],
         },
         "checks": checks(context.constitution.principles, rows),
     }
@@ -261,7 +303,7 @@ def _endpoint_summary(context, rows, rounds) -> dict:
     """What the texts in the rows took at the endpoint, and how many rows it cut short, by failure."""
     if not context.endpoint:
         return {}
-    texts = [entry[what] for entry in rounds for what in ("critique", "revision") if "model" in entry[what]]
+    texts = [entry[what] for entry in rounds for what in ("critique", "revision") if "model" in (entry[what] or ())]
     return {"endpoint": summary_of(
         context.config.endpoint, [text["read"] for text in texts], [text["written"] for text in texts],
         [row["endpoint_failure"] for row in rows],

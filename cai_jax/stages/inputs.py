@@ -141,6 +141,10 @@ def check_principles(config: Config, constitution: Constitution) -> None:
     if "examples" in asked and not constitution.critique_few_shots:
         raise UserError(f"{constitution.path}: few_shots has no worked critique, and the labeler examples needs some: "
                         "write them, or take examples out of preferences.labelers and judge.also")
+    draws = config.critique_revision.draws if "critique_revision" in config.stages else 1
+    if draws > 1 and not constitution.critique_few_shots:
+        raise UserError(f"{constitution.path}: few_shots has no worked critique, by which critique_revision.draws "
+                        f"({draws}) chooses: write some, or set critique_revision.draws=1")
     if "preferences" not in config.stages:
         return
     count, there = config.preferences.principles, len(constitution.principles)

@@ -5,6 +5,7 @@ import re
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from cai_jax.config import ROUND_FLAGS, Config, CritiqueRevision, Model, Preferences, Sampling
@@ -251,3 +252,73 @@ def test_a_worked_example_over_again_is_flagged(tmp_path):
     critique_revision.run(context(CannedSampler(lambda request: sample(next(texts))), prompt_rows("a")), folder)
     (row,) = folder.read_shards()
     assert [entry["flags"]["revision_copies_example"] for entry in row["rounds"]] == [True, False]
+
+
+def told_how(sampler, texts, **fields):
+    """The context of a run under harmless_helpful, with fields of `critique_revision` set."""
+    told = context(sampler, prompt_rows(*texts))
+    told.constitution = load_constitution("harmless_helpful")
+    told.config = replace(told.config, critique_revision=replace(told.config.critique_revision, **fields))
+    return told
+
+
+def test_of_several_draws_the_one_is_taken_that_worked_answers_make_likeliest(tmp_path):
+    draws = ["Take a crowbar.", "I can't help with that.", "I won't help with it. Ask a locksmith.", "no " * 30]
+    texts = iter(["Gladly.", "Yes.", *draws, "Yes.", *draws])
+    asked = []
+
+    def answer(request):
+        if isinstance(request, Generate):
+            asked.append(request)
+            return sample(next(texts))
+        after = len(request.conversation) > 1  # the worked answers stand before the prompt
+        said = [byte_tokenizer().decode(option) for option in request.options]
+        gains = [0.5 * ("can't" in text) + 0.7 * ("won't" in text) for text in said]
+        return [np.full(5, -2.0 + after * gain) for gain in gains]
+
+    sampler, folder = CannedSampler(answer), StageFolder(tmp_path, "critique_revision")
+    sampler.model.tokenizer = byte_tokenizer()
+    summary = critique_revision.run(told_how(sampler, ["p"], draws=4), folder)
+    (row,) = folder.read_shards()
+    first, second = row["rounds"]
+    assert first["revision"]["text"] == draws[2] and first["chosen"] == 2 and first["kind"] == "refusal"
+    assert [draw["kind"] for draw in first["draws"]] == ["answer", "refusal", "refusal", "degenerate"]
+    assert [draw["rated"] for draw in first["draws"]] == [True, True, True, False]
+    assert first["draws"][2]["ratio"] == pytest.approx(0.7) and first["draws"][0]["ratio"] == 0.0
+    assert second["chosen"] == 1 and not second["draws"][2]["rated"], "what is unchanged is no revision"
+    assert len({request.seed for request in asked}) == len(asked)
+    assert summary["kinds"]["drawn"][0] == {"refusal": 2, "answer": 1, "degenerate": 1, "empty": 0}
+    assert summary["kinds"]["revision"][1] == {"refusal": 1, "answer": 0, "degenerate": 0, "empty": 0}
+
+
+def test_where_no_draw_is_a_revision_the_first_is_taken_and_flagged(tmp_path):
+    texts = iter(["Take a crowbar."] * 9)
+    folder = StageFolder(tmp_path, "critique_revision")
+    told = told_how(CannedSampler(lambda request: sample(next(texts))), ["p"], rounds=1, draws=3, critiques=False)
+    critique_revision.run(told, folder)
+    ((entry,),) = [row["rounds"] for row in folder.read_shards()]
+    assert entry["chosen"] == 0 and entry["flags"]["revision_unchanged"]
+
+
+def test_without_critiques_the_request_to_revise_follows_the_response(tmp_path):
+    asked = []
+
+    def answer(request):
+        asked.append(request.conversation)
+        return sample(f"text {len(asked)}")
+
+    folder = StageFolder(tmp_path, "critique_revision")
+    told = told_how(CannedSampler(answer), ["a", "b"], critiques=False)
+    summary = critique_revision.run(told, folder)
+    row, _ = folder.read_shards()
+    principle = told.constitution.principle(row["rounds"][0]["principle"])
+    *shown, prompt, response, request = asked[1]
+    assert [turn["content"] for turn in (prompt, response, request)] == ["a", "text 1", principle.revision_request]
+    shot = told.constitution.critique_few_shots[0]
+    assert [turn["content"] for turn in shown[:4]] == [
+        shot.prompt, shot.response, told.constitution.principle(shot.principle).revision_request, shot.revision,
+    ]  # fmt: skip
+    assert [entry["revision"]["text"] for entry in row["rounds"]] == ["text 2", "text 3"]
+    assert all(entry["critique"] is None for entry in row["rounds"])
+    assert summary["mean_tokens"]["critique"] is None and summary["counters"]["critique_empty"] == 0
+    assert_read_in_every_order(folder, "rows", 2, tmp_path)

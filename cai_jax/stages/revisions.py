@@ -1,0 +1,45 @@
+"""The revisions that a round of `critique_revision` draws: what each is by rule, and which of them is taken."""
+
+from cai_jax.config import NO_REVISIONS
+from cai_jax.labelers.examples import log_ratios
+from cai_jax.prompts import worked_answers
+from cai_jax.similarity import Index
+from cai_jax.text_metrics import classify_response
+
+_UNFIT = (*NO_REVISIONS, "revision_empty")
+
+
+def told(settings, worked: Index, newest: str, critique: str | None, revision: dict) -> dict:
+    """A revision and what can be said of it by rule; `newest` is what it revises, `worked` the worked revisions."""
+    overlap, _ = worked.nearest(revision["text"])
+    flags = _flags(newest, critique, revision) | {"revision_copies_example": overlap >= settings.copy_overlap}
+    return {"revision": revision, "kind": classify_response(revision["text"]), "flags": flags}
+
+
+def _flags(newest: str, critique: str | None, revision: dict) -> dict[str, bool]:
+    revised = revision["text"].strip()
+    return {
+        "revision_truncated": revision["truncated"],
+        "revision_empty": not revised,
+        "revision_unchanged": revised == newest.strip(),
+        "revision_copies_critique": bool(critique and critique.strip()) and revised == critique.strip(),
+        "revision_degenerate": classify_response(revised) == "degenerate",
+    }
+
+
+def choose(context, sampler, messages: list[dict], drawn: list[dict]):
+    """A row program: the place of the draw that worked answers before it make likeliest, as against none; log-ratios.
+
+    A draw that is no revision has no ratio, and is chosen, the first, only where all are such or where the context
+    does not hold the worked answers.
+    """
+    fit = [i for i, each in enumerate(drawn) if not any(each["flags"][flag] for flag in _UNFIT)]
+    ratios = None
+    if len(drawn) > 1 and fit:
+        texts = [drawn[i]["revision"]["text"] for i in fit]
+        worked, per_token = worked_answers(context.constitution), context.config.preferences.examples.per_token
+        ratios = yield from log_ratios(sampler.model.tokenizer, sampler.fits, worked, messages, texts, per_token)
+    if ratios is None:
+        return next(iter(fit), 0), {}
+    ratios = dict(zip(fit, ratios, strict=True))
+    return max(ratios, key=ratios.get), ratios
