@@ -282,6 +282,18 @@ def test_a_config_never_holds_a_key_or_repeats_one():
         validate(Config(Model("random:llama"), "x", critique_revision=settings))
 
 
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        (CritiqueRevision(critic="external", critiques=False), "critiques=false asks for no critiques"),
+        (CritiqueRevision(reviser="external", draws=2), "one revision is paid for"),
+    ],
+)
+def test_what_an_endpoint_would_not_be_asked_is_not_set(settings, told):
+    with pytest.raises(UserError, match=told):
+        validate(Config(Model("random:llama"), "x", critique_revision=settings))
+
+
 # ---------------------------------------------------------------- rate and spending
 
 

@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -293,6 +294,14 @@ def test_an_empty_revision_is_named_and_the_rest_is_used(tmp_path):
     assert [row["id"] for row in skipped] == ["rt-0/round-1", "rt-2/round-1"]
     assert skipped[0]["reason"] == "empty completion" and "sft.sequence_length=256" in skipped[1]["reason"]
     assert counters == {"empty_completion": 1, "truncated_completion": 0, "too_long": 1}
+
+
+def test_draws_need_worked_answers_to_be_chosen_by(tmp_path):
+    text = (Path(__file__).parents[2] / "constitutions" / "verifiable.yaml").read_text(encoding="utf-8")
+    bare = tmp_path / "bare.yaml"
+    bare.write_text(text[: text.index("few_shots:")].replace("name: verifiable", "name: bare"), encoding="utf-8")
+    told = refusal(tmp_path / "run", "critique_revision.draws=2", f"constitution={bare}")
+    assert "no worked critique, by which critique_revision.draws (2) chooses" in told
 
 
 def test_what_is_no_revision_is_dropped_by_name(tmp_path):

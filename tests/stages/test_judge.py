@@ -249,7 +249,7 @@ def test_under_all_principles_every_one_is_asked(tmp_path):
     verifiable = load_constitution("verifiable")
     run(run_context(tmp_path, constitution=verifiable, principles="all", labelers=("rule",)))
     rows = StageFolder(tmp_path, "judge").read_shards("opinions-rule")
-    assert {len(row["principles"]) for row in rows} == {6}
+    assert {len(row["principles"]) for row in rows} == {7}
     own = run_context(tmp_path / "own", constitution=verifiable, labelers=("rule",))
     run(own)
     rows = StageFolder(tmp_path / "own", "judge").read_shards("opinions-rule")
