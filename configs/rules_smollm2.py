@@ -17,16 +17,16 @@ def config() -> c.Config:
         principles=("not_of_itself",),
         stages=("preferences", "reward_model", "ppo", "dpo", "best_of_n", "evaluate"),
         prompts=c.Prompts(
-            red_team=c.PromptSet("shipped:red_team", split="train", limit=110),
-            helpful=c.PromptSet("shipped:helpful", split="train", limit=110),
-            eval_red_team=c.PromptSet("shipped:red_team", split="eval", limit=40),
-            eval_helpful=c.PromptSet("shipped:helpful", split="eval", limit=40),
-            eval_look_alike=c.PromptSet("shipped:look_alike", split="eval", limit=40),
+            red_team=c.PromptSet("shipped:red_team", split="train", limit=90),
+            helpful=c.PromptSet("shipped:helpful", split="train", limit=90),
+            eval_red_team=c.PromptSet("shipped:red_team", split="eval", limit=24),
+            eval_helpful=c.PromptSet("shipped:helpful", split="eval", limit=24),
+            eval_look_alike=c.PromptSet("shipped:look_alike", split="eval", limit=24),
         ),
         sampler=c.Sampler(rows=32, max_length=256),
         preferences=c.Preferences(
-            policy=MODEL, labelers=("rule",), principles=0, response=answer, responses_per_prompt=6,
-            rows_per_shard=55,
+            policy=MODEL, labelers=("rule",), principles=0, response=answer, responses_per_prompt=8,
+            rows_per_shard=45,
         ),
         reward_model=c.RewardModel(
             start=MODEL, epochs=1, batch_size=16, max_length=128,
@@ -43,5 +43,5 @@ def config() -> c.Config:
             optimizer=c.Optimizer(learning_rate=2e-4), checkpoint_every=10,
         ),
         best_of_n=c.BestOfN(policy=MODEL, n=4, response=answer),
-        evaluate=c.Evaluate(sft=MODEL, response=answer, rows_per_shard=60),
+        evaluate=c.Evaluate(sft=MODEL, response=answer, rows_per_shard=36),
     )  # fmt: skip
