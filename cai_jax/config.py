@@ -117,8 +117,8 @@ class Contrast:
 class Examples:
     """The labeler that asks how much likelier a response is after the constitution's worked answers than without."""
 
-    per_token: bool = True  # the mean over a response's tokens; else their sum
-    scale: float = 10.0  # nats of the label for a difference of 1
+    per_token: bool = False  # the mean over a response's tokens; else their sum
+    scale: float = 1.0  # nats of the label for a difference of 1
 
 
 @dataclass(frozen=True)

@@ -37,8 +37,8 @@ def choose(context, sampler, messages: list[dict], drawn: list[dict]):
     ratios = None
     if len(drawn) > 1 and fit:
         texts = [drawn[i]["revision"]["text"] for i in fit]
-        worked, per_token = worked_answers(context.constitution), context.config.preferences.examples.per_token
-        ratios = yield from log_ratios(sampler.model.tokenizer, sampler.fits, worked, messages, texts, per_token)
+        worked = worked_answers(context.constitution)
+        ratios = yield from log_ratios(sampler.model.tokenizer, sampler.fits, worked, messages, texts, per_token=True)
     if ratios is None:
         return next(iter(fit), 0), {}
     ratios = dict(zip(fit, ratios, strict=True))
