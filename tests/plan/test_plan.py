@@ -286,6 +286,29 @@ def test_best_of_n_draws_n_times_and_trains_where_it_is_distilled():
         assert ratio == pytest.approx(4, rel=0.05)
 
 
+def test_draws_of_a_revision_are_written_and_scored_and_critiques_can_be_left_out():
+    config = load_config("cai_7b")[1]
+
+    def work(*overrides):
+        lines = make_plan(apply_overrides(config, overrides), H100, ARITHMETIC).lines
+        mine = {each.program.name: each.program.calls for each in lines if each.program.stage == "critique_revision"}
+        return mine["decode, a step"], mine["prefill"]
+
+    settings = config.critique_revision
+    answer, critique, revision = (
+        sampling.max_new_tokens for sampling in (settings.response, settings.critique, settings.revision)
+    )
+
+    def written(draws, critique):
+        return answer + settings.rounds * (critique + draws * revision)
+
+    (steps, passes), (more_steps, more_passes) = work(), work("critique_revision.draws=4")
+    assert more_steps / steps == pytest.approx(written(4, critique) / written(1, critique), rel=0.01)
+    assert more_passes > 2 * passes
+    fewer_steps, _ = work("critique_revision.critiques=false")
+    assert fewer_steps / steps == pytest.approx(written(1, 0) / written(1, critique), rel=0.01)
+
+
 def test_more_contenders_take_longer_to_evaluate():
     config = load_config("cai_7b")[1]
     more = dataclasses.replace(config, stages=tuple(stage for stage in STAGES))
