@@ -6,7 +6,7 @@ from cai_jax import config as c
 def config() -> c.Config:
     # Full-temperature text of a 135M model falls apart; nucleus sampling keeps answers readable.
     answer = c.Sampling(temperature=0.7, top_p=0.9, max_new_tokens=36)
-    revision = c.Sampling(temperature=0.7, max_new_tokens=36)
+    revision = c.Sampling(temperature=0.5, max_new_tokens=36)
     rollout = c.Sampling(temperature=1.0, max_new_tokens=32)
     return c.Config(
         description="the demo: all stages on SmolLM2-135M-Instruct, 8 to 20 minutes on two CPU cores",

@@ -4,7 +4,7 @@ from cai_jax import config as c
 
 
 def config() -> c.Config:
-    revision = c.Sampling(temperature=0.7, max_new_tokens=48)
+    revision = c.Sampling(temperature=0.5, max_new_tokens=48)
     answer = c.Sampling(temperature=0.7, top_p=0.9, max_new_tokens=64)
     rollout = c.Sampling(temperature=1.0, max_new_tokens=40)
     return c.Config(
