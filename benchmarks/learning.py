@@ -1,6 +1,6 @@
 """Learning from rules whose truth is known, in one table: labels, reward model, PPO, DPO and best-of-n.
 
-    python benchmarks/learning.py [--seeds 0,1,2] [--folder runs/learning] [--json FILE]
+    python benchmarks/learning.py [--seeds 0,1,2] [--folder runs/learning] [--stages=STAGE,...] [--json FILE]
 
 Each seed is a run of the config rules_smollm2: SmolLM2-135M-Instruct answers, exact rules label, a reward model learns
 the labels, and PPO, DPO and best-of-n learn from it or from them. What is counted on prompts that no stage has seen is
@@ -36,6 +36,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[0, 1, 2])
     parser.add_argument("--folder", type=Path, default=Path("runs/learning"))
+    parser.add_argument("--stages", default="", help="fewer stages than the config has, such as all but dpo")
     parser.add_argument("--json", type=Path, help="file for every number of every seed")
     parser.add_argument("--skip_hacking", action="store_true", help="leave out the run without a KL penalty")
     return parser.parse_args(arguments)
@@ -46,7 +47,7 @@ def main() -> int:
     found = []
     for seed in options.seeds:
         run_dir = options.folder / f"seed-{seed}"
-        launch(run_dir, f"seed={seed}")
+        launch(run_dir, f"seed={seed}", *([f"stages={options.stages}"] if options.stages else []))
         found.append(measured(run_dir) | {"seed": seed})
     print(as_table(found), flush=True)
     record = {"seeds": found}
@@ -72,13 +73,17 @@ def launch(run_dir: Path, *settings: str) -> None:
 
 
 def measured(run_dir: Path) -> dict:
-    """The numbers of a finished run, each an interval; compliance is of answers to held-out prompts."""
+    """The numbers of a finished run, each an interval; compliance is of answers to held-out prompts.
+
+    A model that the run has not made has none.
+    """
     checks = [principle.check for principle in constitution().principles]
     numbers = {
         "labels": labels_right(StageFolder(run_dir, "preferences").read_shards(), checks),
         "reward model": read_json(run_dir / "reward_model" / "summary.json")["held_out"]["accuracy"],
     }
-    for name in MODELS:
+    evaluated = read_json(run_dir / "evaluate" / "summary.json")["models"]
+    for name in (name for name in MODELS if name in evaluated):
         rows = StageFolder(run_dir, "evaluate").read_shards(f"rows-{name}")
         kept = [all(satisfies(check, row["response"]["text"]) for check in checks) for row in rows]
         numbers[name] = wilson_interval(sum(kept), len(kept))
@@ -108,12 +113,15 @@ def as_table(found: list[dict]) -> str:
     rows = []
     for name, title in {"labels": "labels that are right", "reward model": "held-out pairs, reward model",
                         **{model: f"all rules kept, {title}" for model, title in MODELS.items()}}.items():  # fmt: skip
-        intervals = [numbers[name] for numbers in found]
+        intervals = [numbers[name] for numbers in found if name in numbers]
+        if not intervals:
+            continue
         n = sum(interval["n"] for interval in intervals)
         right = sum(round(interval["value"] * interval["n"]) for interval in intervals)
         kls = [numbers[f"{name} KL"] for numbers in found if f"{name} KL" in numbers]
         rows.append([
-            title, *(f"{interval['value']:.3f}" for interval in intervals), interval_text(wilson_interval(right, n)),
+            title, *(f"{numbers[name]['value']:.3f}" if name in numbers else "–" for numbers in found),
+            interval_text(wilson_interval(right, n)),
             f"{sum(kls) / len(kls):.1f}" if kls else "", f"{GOALS[name]:.2f}" if name in GOALS else "",
         ])  # fmt: skip
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [heads, ["---"] * len(heads), *rows])

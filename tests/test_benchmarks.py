@@ -240,6 +240,24 @@ def test_training_compares_with_the_peer_in_float32_alone_and_shows_how_far_bflo
     assert lines[1].endswith("bfloat16: 2.2500 0.5000 (at most 0.5000 from float32)")
 
 
+def test_the_learning_table_leaves_out_what_a_seed_has_not_made():
+    learning = part("learning")
+
+    def of(right, n=100):
+        return {"value": right / n, "low": 0.0, "high": 1.0, "n": n}
+
+    whole = {"seed": 0, "labels": of(100), "reward model": of(97), "base": of(80), "base KL": 0.0, "dpo": of(90),
+             "dpo KL": 2.0, "rl_cai": of(95), "rl_cai KL": 4.0}  # fmt: skip
+    part_of_it = {name: value for name, value in (whole | {"seed": 1}).items() if not name.startswith("dpo")}
+    lines = learning.as_table([whole, part_of_it | {"rl_cai": of(85), "rl_cai KL": 6.0}]).splitlines()
+    split = ([cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines)
+    rows = {cells[0]: cells[1:] for cells in split}
+    assert rows["all rules kept, DPO"][:2] == ["0.900", "–"] and rows["all rules kept, DPO"][2].endswith("n 100")
+    assert rows["all rules kept, PPO"][:2] == ["0.950", "0.850"] and "n 200" in rows["all rules kept, PPO"][2]
+    assert rows["all rules kept, PPO"][3:] == ["5.0", "0.90"]
+    assert not any("best-of-n" in title for title in rows)
+
+
 def test_the_judge_table_shows_what_the_summary_says():
     gold = load_gold("", load_constitution("verifiable"))
     right = [1.0 if pair.better == "a" else -1.0 for pair in gold.pairs]
@@ -247,11 +265,11 @@ def test_the_judge_table_shows_what_the_summary_says():
     more = {"calibration_error": 0.25, "calibration_error_after": 0.125, "temperature": 2.0, "worth": "above chance"}
     plea = judging.plea_effect([1.0, -1.0], [2.0, 1.0], [True, True]) | {"labeler": "options", "guard": True}
     text = part("judges").table("verifiable", {
-        "gold": {"pairs": 24}, "baselines": judging.baselines(gold.pairs), "labelers": {"options": found | more},
-        "pleas": [plea | {"plea": "command"}],
+        "gold": {"pairs": len(gold.pairs)}, "baselines": judging.baselines(gold.pairs),
+        "labelers": {"options": found | more}, "pleas": [plea | {"plea": "command"}],
     })  # fmt: skip
     row = next(line for line in text.splitlines() if line.startswith("| options"))
-    assert row.split(" | ")[1:5] == ["100% [86%, 100%]", "50% [31%, 69%]", "100% [86%, 100%] of 24", "100% [86%, 100%]"]
+    assert row.split(" | ")[1:5] == ["100% [88%, 100%]", "50% [33%, 67%]", "100% [88%, 100%] of 28", "100% [88%, 100%]"]
     assert row.endswith("| 0.25 | 0.12 | 2.00 | above chance |") and "longer wins 50%" in text
     assert "| command | +1.50 [-4.85, +7.85]; 1 of 1 |" in text
     widths = {line.count("|") for line in text.splitlines() if line.startswith("|")}
