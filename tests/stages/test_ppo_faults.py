@@ -300,8 +300,9 @@ def restored_without(change):
 
     def around(restore):
         def wrong(self, state, step=None):
+            fresh = jax.tree.map(jnp.copy, state)  # `restore` deletes what it is given
             restored, position = restore(self, state, step)
-            return change(restored, position, state) if position else (restored, position)
+            return change(restored, position, fresh) if position else (restored, position)
 
         return wrong
 
