@@ -21,6 +21,7 @@ from cai_jax.stages.critique_revision import draw_principle
 from cai_jax.stages.inputs import check_principles
 
 VERIFIABLE = load_constitution("verifiable")
+RULES = ("brief", "closing_words", "opening_words", "no_digits", "no_exclamation", "no_lists")
 
 
 def answers(request):
@@ -43,6 +44,7 @@ def rows_of(tmp_path, prefix="rows"):
 
 def test_the_vote_is_the_mean_of_the_labelers_and_names_what_each_said(tmp_path):
     given = run_context(tmp_path, labelers=("options", "rule", "rating"))
+    given.constitution = load_constitution("verifiable", RULES)  # another one would change which are drawn
     write_json(tmp_path / "judge" / "calibration.json", {"labelers": {"rating": {"temperature": 4.0}}})
     summary = preferences.run(given, given.folder("preferences"))
     said = {name: {row["id"]: json.loads(row["opinion"])["logit"] for row in rows_of(tmp_path, f"opinions-{name}")}
