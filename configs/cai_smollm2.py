@@ -10,7 +10,7 @@ def config() -> c.Config:
     rollout = c.Sampling(temperature=1.0, max_new_tokens=32)
     return c.Config(
         description="the demo: all stages on SmolLM2-135M-Instruct, 8 to 20 minutes on two CPU cores",
-        model=c.Model(str(c.cache_folder() / "SmolLM2-135M-Instruct"), compute_dtype="bfloat16"),
+        model=c.Model(str(c.cache_folder() / "SmolLM2-135M-Instruct")),
         lora=c.Lora(rank=16),
         stages=("critique_revision", "sft", "judge", "preferences", "reward_model", "ppo", "evaluate"),
         prompts=c.Prompts(

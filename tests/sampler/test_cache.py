@@ -40,7 +40,6 @@ def test_texts_and_scores_do_not_depend_on_the_order_of_a_platform(model, platfo
 def test_all_strips_at_once_are_the_strips_one_by_one(model, length):
     """Windows that begin before the new tokens, a strip with none, two strips of one slot, the last block."""
     config: ModelConfig = model.config
-    rng = np.random.default_rng(0)
     slots, starts = [2, 0, 2, 1], [0, BLOCK + length, 2 * BLOCK, STRIP]
     real = np.arange(length) >= np.asarray([0, length // 2, 0, length])[:, None]  # of the last strip nothing
     strips = Strips(*map(jnp.asarray, (np.zeros((4, length), np.int32), real, slots, starts, [0] * 4)))
