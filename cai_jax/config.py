@@ -57,7 +57,8 @@ class CritiqueRevision:
     critiques: bool = True  # a critique before each revision; without, revisions are asked for at once (section 3.5)
     draws: int = 1  # revisions drawn in a round; the likeliest after the constitution's worked answers, as against
     # without them, becomes the revision: see the labeler `examples`
-    principles: str = "drawn"  # for a round: drawn, one of all; matched, one of the prompt's category where it has any
+    principles: str = "drawn"  # for a round: drawn, one of all; matched, one of the prompt's category, or where there
+    # is none one whose aim is harmless
     response: Sampling = Sampling(max_new_tokens=128)
     critique: Sampling = Sampling(max_new_tokens=96)
     revision: Sampling = Sampling(max_new_tokens=128)
@@ -154,6 +155,8 @@ class Preferences:
     judge: str = ""  # model that labels; "": the model that the run starts from
     labelers: tuple[str, ...] = ("options",)  # of LABELERS; several vote
     principles: int = 1  # drawn for a pair without repetition, their log-odds averaged; 0: all
+    matched: bool = False  # draw among those of the prompt's category, or where there are none those of the aim of its
+    # set: harmless for prompts.red_team, helpful for prompts.helpful (Bai et al. 2022, section 4.1)
     orders: str = "both"  # the responses are shown in both orders and averaged, or first: in one only
     guard: bool = True  # mask what imitates a verdict, a rating or a next turn before a judge reads a response
     thought: Thought = Thought()

@@ -11,6 +11,7 @@
         preference_question: Which response is shorter?
         check: {max_words: 20}        # optional: a rule on the response, an exact ground truth
         opposite: Ramble on.          # optional: asks for a reply that breaks the principle
+        aim: helpful                  # optional: harmless or helpful, what the principle is for
     few_shots:                        # optional
       critique:
         - {prompt: ..., response: ..., principle: brief, critique: ..., revision: ...}
@@ -31,6 +32,9 @@ from cai_jax.provenance import content_hash
 from cai_jax.rules import RULES, Check, contradiction, listed, set_bounds
 from cai_jax.strict_yaml import read_yaml
 
+# What a principle is for. Bai et al. (2022, section 4.1) judge harmlessness on red-team prompts, helpfulness on others.
+AIMS = ("harmless", "helpful")
+
 
 @dataclass(frozen=True)
 class Principle:
@@ -45,6 +49,7 @@ class Principle:
     check: Check | None
     hash: str  # of all that is written
     opposite: str = ""  # how a reply that breaks the principle is asked for; "": from the title
+    aim: str = ""  # one of AIMS; "": not said
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,18 @@ class Constitution:
                 return principle
         nearest = did_you_mean(id, [principle.id for principle in self.principles])
         raise UserError(f"{self.path}: there is no principle {id!r}{nearest}")
+
+    def matching(self, category: str, aim: str) -> tuple[Principle, ...]:
+        """The principles of a category; where there are none those of an aim, and all where there are none either."""
+        same = tuple(principle for principle in self.principles if category and principle.category == category)
+        return same or tuple(principle for principle in self.principles if principle.aim == aim) or self.principles
+
+    def worked(self, principles: Sequence[Principle] = ()) -> tuple[CritiqueExample, ...]:
+        """The worked critiques whose principles have an aim of these; all where none has, or none are given."""
+        aims = {principle.aim for principle in principles}
+        return tuple(
+            shot for shot in self.critique_few_shots if self.principle(shot.principle).aim in aims
+        ) or self.critique_few_shots
 
 
 def load_constitution(path: str | Path, principles: Sequence[str] = ()) -> Constitution:
@@ -181,16 +198,25 @@ def _constitution(data, path: str) -> Constitution:
 def _principle(data, where: str) -> Principle:
     if isinstance(data, dict) and isinstance(data.get("id"), str) and data["id"].strip():
         where = f"{where} ({_shown(data['id'])})"
-    _check_keys(data, where, required=("id", "title", "category", *_REQUESTS), optional=("check", "opposite"))
+    _check_keys(data, where, required=("id", "title", "category", *_REQUESTS), optional=("check", "opposite", "aim"))
     content = {name: _line(data, name, where) for name in ("id", "title", "category")}
     if len(content["id"].split()) > 1:
         raise _fault(where, "id must not hold white space; write for example no_weapons")
     content |= {name: _text(data, name, where) for name in _REQUESTS}
     check = _check(data["check"], where) if "check" in data else None
     opposite = _text(data, "opposite", where) if "opposite" in data else ""
+    aim = _aim(data, where) if "aim" in data else ""
     # What is not set stays out of the hash: a new field or kind of rule changes no old hash.
-    hashed = content | ({"check": set_bounds(check)} if check else {}) | ({"opposite": opposite} if opposite else {})
-    return Principle(**content, check=check, hash=content_hash(hashed), opposite=opposite)
+    written = {"check": set_bounds(check) if check else None, "opposite": opposite, "aim": aim}
+    hashed = content | {name: value for name, value in written.items() if value}
+    return Principle(**content, check=check, hash=content_hash(hashed), opposite=opposite, aim=aim)
+
+
+def _aim(data, where: str) -> str:
+    aim = _line(data, "aim", where)
+    if aim not in AIMS:
+        raise _fault(where, f"aim must be {listed(AIMS, last='or')}, not {_shown(aim)}{did_you_mean(aim, AIMS)}")
+    return aim
 
 
 def _refuse_double_ids(principles: tuple[Principle, ...], path: str) -> None:

@@ -5,6 +5,7 @@ turns them into tokens. A preamble holds the constitution's worked examples and 
 every row, so that it can be prefilled once; a request follows it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cai_jax.chat import encode_chat
@@ -66,14 +67,14 @@ def _spoken(category: str) -> str:
 # ---------------------------------------------------------------- critique and revision
 
 
-def critique_preamble(constitution, critiques: bool = True) -> list[dict]:
-    """The constitution's worked critiques and revisions as one conversation.
+def critique_preamble(constitution, critiques: bool = True, principles: Sequence = ()) -> list[dict]:
+    """The constitution's worked critiques and revisions as one conversation; those of the aims of `principles`.
 
     Each example: prompt, response, critique request, critique, revision request, revision. Without `critiques` the
     two turns about the critique are left out, as they are from the rows (Bai et al. 2022, section 3.5).
     """
     turns = []
-    for shot in constitution.critique_few_shots:
+    for shot in constitution.worked(principles):
         principle = constitution.principle(shot.principle)
         prompt = [_turn("user", shot.prompt)]
         turns += revision_request(prompt, shot.response, principle, shot.critique if critiques else None)
@@ -81,11 +82,14 @@ def critique_preamble(constitution, critiques: bool = True) -> list[dict]:
     return turns
 
 
-def worked_answers(constitution) -> list[dict]:
-    """The constitution's worked examples as a conversation without fault: each prompt and its revised answer."""
+def worked_answers(constitution, principles: Sequence = ()) -> list[dict]:
+    """The worked examples as a conversation without fault, each prompt and its revised answer.
+
+    Those of the aims of `principles`, or all.
+    """
     return [
         turn
-        for shot in constitution.critique_few_shots
+        for shot in constitution.worked(principles)
         for turn in (_turn("user", shot.prompt), _turn("assistant", shot.revision))
     ]
 

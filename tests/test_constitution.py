@@ -7,7 +7,7 @@ import yaml
 
 from cai_jax import constitution as module
 from cai_jax.config import Sampler
-from cai_jax.constitution import CritiqueExample, PreferenceExample, load_constitution
+from cai_jax.constitution import AIMS, CritiqueExample, PreferenceExample, load_constitution
 from cai_jax.errors import UserError
 from cai_jax.rules import Check, satisfies
 
@@ -102,10 +102,12 @@ def test_shipped_preference_examples_favour_no_position(name):
     assert answers.count("A") == answers.count("B") > 0
 
 
-def test_critique_preamble_of_harmless_helpful_leaves_room_for_the_row():
+@pytest.mark.parametrize("aim", AIMS)
+def test_critique_preamble_of_harmless_helpful_leaves_room_for_the_row(aim):
     constitution = load_constitution("harmless_helpful")
+    principles = [principle for principle in constitution.principles if principle.aim == aim]
     texts = []
-    for example in constitution.critique_few_shots:
+    for example in constitution.worked(principles):
         principle = constitution.principle(example.principle)
         texts += [principle.critique_request, principle.revision_request]
         texts += [example.prompt, example.response, example.critique, example.revision]
@@ -469,3 +471,25 @@ def test_a_run_may_go_by_some_principles():
     assert some.hash != whole.hash and some.hash == load_constitution("verifiable", ("brief", "no_digits")).hash
     with pytest.raises(UserError, match="no principle 'no_digit'; did you mean no_digits"):
         load_constitution("verifiable", ("no_digit",))
+
+
+def test_an_aim_is_one_of_two_and_stays_out_of_the_hash_where_it_is_not_said(tmp_path):
+    data = plain()
+    silent = load(tmp_path, data)
+    data["principles"][0]["aim"] = "helpful"
+    said = load(tmp_path, data)
+    assert (silent.principles[0].aim, said.principles[0].aim) == ("", "helpful") and silent.hash != said.hash
+    data["principles"][0]["aim"] = "helpfull"
+    with pytest.raises(UserError, match=r"aim must be harmless or helpful, not helpfull.*did you mean"):
+        load(tmp_path, data)
+
+
+def test_principles_match_by_category_then_by_aim():
+    constitution = load_constitution("harmless_helpful")
+    assert {p.id for p in constitution.matching("crime", "helpful")} == {"no_help_with_crime", "no_hiding_of_crime"}
+    for aim in AIMS:
+        found = constitution.matching("cooking", aim)
+        assert found and {p.aim for p in found} == {aim} and constitution.matching("", aim) == found
+    verifiable = load_constitution("verifiable")  # says no aims
+    assert verifiable.matching("cooking", "helpful") == verifiable.principles
+    assert verifiable.worked(verifiable.principles[:1]) == verifiable.critique_few_shots

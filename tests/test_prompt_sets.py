@@ -15,6 +15,7 @@ from cai_jax.errors import UserError
 from cai_jax.prompt_sets import check_disjoint, load_prompts, with_unique_ids
 
 SHIPPED = {"red_team": (256, 0.3), "helpful": (256, 0.3), "look_alike": (256, 0.24)}  # rows at least, eval share
+MORE = {"red_team_more": 288, "look_alike_more": 480}  # to train on alone
 ROWS = [
     {"id": "a", "category": "x", "split": "train", "prompt": "What is a 'loom'?\nIn short, please."},
     {"id": "b", "category": "y", "split": "train", "prompt": "NA"},
@@ -69,6 +70,16 @@ def test_first_rows_of_a_shipped_split_cover_all_categories(name, split):
     assert {prompt.category for prompt in rows[: len(categories)]} == categories
 
 
+@pytest.mark.parametrize("name", MORE)
+def test_further_prompts_are_for_training_alone(name):
+    found = load(f"shipped:{name}")
+    assert len(found.rows) >= MORE[name] and not found.skipped
+    assert len(load(f"shipped:{name}", split="train").rows) == len(found.rows)
+    categories = Counter(prompt.category for prompt in found.rows)
+    assert len(categories) == 12 and min(categories.values()) >= 24
+    assert {prompt.category for prompt in found.rows[:12]} == set(categories)
+
+
 def test_red_team_covers_its_harms():
     counts = Counter(prompt.category for prompt in load("shipped:red_team").rows)
     assert set(counts) == set(
@@ -79,7 +90,9 @@ def test_red_team_covers_its_harms():
 
 def test_no_near_duplicates_between_any_two_shipped_prompts():
     prompts = [
-        (prompt.id, prompt.messages[0]["content"]) for name in SHIPPED for prompt in load(f"shipped:{name}").rows
+        (prompt.id, prompt.messages[0]["content"])
+        for name in (*SHIPPED, *MORE)
+        for prompt in load(f"shipped:{name}").rows
     ]
     words = [(id_, frozenset(re.findall(r"\w+", text.casefold()))) for id_, text in prompts]
     close = [

@@ -1,14 +1,14 @@
+import dataclasses
 import json
 import random
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from small_tokenizers import BUILDERS, tokenizer_of
 from tokenizers import Tokenizer
 
 from cai_jax.chat import encode_chat, encode_text
-from cai_jax.constitution import load_constitution
+from cai_jax.constitution import Constitution, CritiqueExample, PreferenceExample, Principle, load_constitution
 from cai_jax.errors import UserError
 from cai_jax.prompts import (
     COMPLIANCE_OPENINGS,
@@ -23,31 +23,22 @@ from cai_jax.prompts import (
     red_team_request,
     resolve_options,
     revision_request,
+    worked_answers,
 )
 
 FAMILIES = sorted(BUILDERS)
-KIND = SimpleNamespace(
-    id="kind",
-    critique_request="Was it kind?",
-    revision_request="Be kind.",
-    preference_question="Which is kinder?",
+KIND, TRUE = (
+    Principle(name, name, "", f"Was it {name}?", f"Be {name}.", f"Which is {more}?", None, "", aim=aim)
+    for name, more, aim in (("kind", "kinder", "helpful"), ("true", "truer", "harmless"))
 )
-TRUE = SimpleNamespace(
-    id="true",
-    critique_request="Was it true?",
-    revision_request="Be true.",
-    preference_question="Which is truer?",
-)
-CONSTITUTION = SimpleNamespace(
-    principle=lambda id: {"kind": KIND, "true": TRUE}[id],
-    critique_few_shots=(
-        SimpleNamespace(prompt="P1", response="R1", principle="true", critique="C1", revision="V1"),
-        SimpleNamespace(prompt="P2", response="R2", principle="kind", critique="C2", revision="V2"),
-    ),
-    preference_few_shots=(
-        SimpleNamespace(prompt="P1", principle="kind", response_a="RA", response_b="RB", answer="B"),
-        SimpleNamespace(prompt="P2", principle="true", response_a="RC", response_b="RD", answer="A"),
-    ),
+CONSTITUTION = Constitution(
+    "small",
+    "1",
+    (KIND, TRUE),
+    (CritiqueExample("P1", "R1", "true", "C1", "V1"), CritiqueExample("P2", "R2", "kind", "C2", "V2")),
+    (PreferenceExample("P1", "kind", "RA", "RB", "B"), PreferenceExample("P2", "true", "RC", "RD", "A")),
+    "",
+    "small.yaml",
 )
 ANSWER = OptionFormat("The better response is (", ("A", "B"), ")", (5, 6))
 ROW = [
@@ -71,6 +62,15 @@ def test_the_worked_examples_are_whole_dialogues_under_their_own_principles():
         ("user", "P2"), ("assistant", "R2"), ("user", "Was it kind?"),
         ("assistant", "C2"), ("user", "Be kind."), ("assistant", "V2"),
     ]  # fmt: skip
+
+
+def test_worked_examples_go_by_the_aims_of_the_principles():
+    assert flat(critique_preamble(CONSTITUTION, principles=[KIND]))[0] == ("user", "P2")
+    assert flat(worked_answers(CONSTITUTION, [KIND])) == [("user", "P2"), ("assistant", "V2")]
+    assert flat(worked_answers(CONSTITUTION, [TRUE])) == [("user", "P1"), ("assistant", "V1")]
+    both = [("user", "P1"), ("assistant", "V1"), ("user", "P2"), ("assistant", "V2")]
+    for principles in ([], [KIND, TRUE], [dataclasses.replace(KIND, aim="")]):  # the last has no worked example
+        assert flat(worked_answers(CONSTITUTION, principles)) == both
 
 
 def test_a_revision_extends_the_critique_of_the_whole_conversation():

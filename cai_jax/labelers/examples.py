@@ -13,9 +13,10 @@ import numpy as np
 
 from cai_jax import config
 from cai_jax.chat import completion_ids, turn_end_id
-from cai_jax.constitution import Principle
+from cai_jax.constitution import Constitution, Principle
 from cai_jax.labelers.judge import TOO_LONG, Judge, hash_of
 from cai_jax.labelers.opinion import Opinion, Pair
+from cai_jax.prompts import worked_answers
 from cai_jax.sampler import Row, Score
 
 
@@ -23,26 +24,44 @@ from cai_jax.sampler import Row, Score
 class Examples:
     """Compares log p(response | worked answers, prompt) - log p(response | prompt) of two responses.
 
-    The token that ends the turn belongs to a response. The worked answers are the same for all pairs, so it
-    goes by their principles, whichever were drawn for a pair.
+    The token that ends the turn belongs to a response. The worked answers are those of the aims of a pair's principles.
+    Where the constitution says no aims they are the same for all pairs, so it goes by their principles, whichever
+    were drawn for a pair.
     """
 
     judge: Judge
     settings: config.Examples
-    preamble: Sequence[dict]
-    own_principles: Sequence[Principle]  # of the worked answers
+    constitution: Constitution
     name: str = "examples"
+
+    @property
+    def own_principles(self) -> Sequence[Principle]:
+        """Those of the worked answers where all pairs are judged by the same ones; else none."""
+        named = dict.fromkeys(shot.principle for shot in self.constitution.critique_few_shots)
+        principles = [self.constitution.principle(name) for name in named]
+        return [] if len({principle.aim for principle in principles}) > 1 else principles
+
+    @property
+    def preamble(self) -> Sequence[dict]:
+        """All worked answers."""
+        return worked_answers(self.constitution)
+
+    def preamble_for(self, principles: Sequence[Principle]) -> Sequence[dict]:
+        """The worked answers before a pair under these principles."""
+        return worked_answers(self.constitution, principles)
 
     @cached_property
     def hash(self) -> str:
         """Of all that decides its opinions beside the pair."""
-        return hash_of(self.judge, [self.name, asdict(self.settings)], self.preamble, lambda messages, *_: messages)
+        aims = [principle.aim for principle in self.constitution.principles]
+        settings = [self.name, asdict(self.settings), *(aims if any(aims) else ())]
+        return hash_of(self.judge, settings, self.preamble, lambda messages, *_: messages)
 
     def compare(self, pair: Pair, principles: Sequence[Principle], seed: int) -> Row:
         """A row program with two `Score`s, each of both responses."""
-        texts = pair.response_a, pair.response_b
+        texts, worked = (pair.response_a, pair.response_b), self.preamble_for(principles)
         ratios = yield from log_ratios(
-            self.judge.tokenizer, self.judge.fits, self.preamble, pair.messages, texts, self.settings.per_token
+            self.judge.tokenizer, self.judge.fits, worked, pair.messages, texts, self.settings.per_token
         )
         if ratios is None:
             return Opinion(None, TOO_LONG)

@@ -13,7 +13,7 @@ from cai_jax.labelers.options import Options
 from cai_jax.labelers.rating import Rating
 from cai_jax.labelers.rule import Rule
 from cai_jax.labelers.thought import Thought
-from cai_jax.prompts import preference_preamble, resolve_options, resolve_ratings, worked_answers
+from cai_jax.prompts import preference_preamble, resolve_options, resolve_ratings
 
 
 def labeler(
@@ -48,9 +48,7 @@ def _contrast(settings: Preferences, constitution: Constitution, judge: Judge) -
 
 
 def _examples(settings: Preferences, constitution: Constitution, judge: Judge) -> Examples:
-    named = dict.fromkeys(shot.principle for shot in constitution.critique_few_shots)
-    principles = [constitution.principle(name) for name in named]
-    return Examples(judge, settings.examples, worked_answers(constitution), principles)
+    return Examples(judge, settings.examples, constitution)
 
 
 def _rating(settings: Preferences, constitution: Constitution, judge: Judge) -> Rating:

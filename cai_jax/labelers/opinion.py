@@ -42,7 +42,8 @@ class Labeler(Protocol):
     `hash` is of all that decides its opinions beside the pair and the principles: model, texts, settings. `preamble` is
     the conversation start that most of its requests share; the sampler runs it once. `judge` is the model that it asks
     of the sampler; None where it asks none. One that goes by
-    principles of its own, whatever it is asked about, has them as `own_principles`.
+    principles of its own, whatever it is asked about, has them as `own_principles`; one whose requests start according
+    to the principles has `preamble_for(principles)`.
     """
 
     name: str

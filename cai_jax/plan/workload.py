@@ -59,13 +59,15 @@ def workload_of(config: Config) -> Workload:
     if "red_team" in config.stages:
         assumed.append("stages after red_team have the prompts of the config alone, not those that it will write")
     constitution = load_constitution(config.constitution, config.principles)
+    by_aim = [constitution.worked([principle]) for principle in constitution.principles]
     preambles = {
-        "critique_revision": _tokens(constitution.critique_few_shots),
+        "critique_revision": max(map(_tokens, by_aim)),
         "preferences": _tokens(constitution.preference_few_shots),
     }
     if "examples" in (*config.preferences.labelers, *config.judge.also):
-        worked = sum(len(turn["content"]) for turn in worked_answers(constitution)) / CHARACTERS_A_TOKEN
-        preambles["preferences"] = max(preambles["preferences"], round(worked))
+        worked = [worked_answers(constitution, [principle]) for principle in constitution.principles]
+        longest = max(sum(len(turn["content"]) for turn in turns) for turns in worked)
+        preambles["preferences"] = max(preambles["preferences"], round(longest / CHARACTERS_A_TOKEN))
     return Workload(sets, preambles, len(constitution.principles), _gold(config, constitution), tuple(assumed))
 
 

@@ -6,6 +6,7 @@ prompt whose context holds no round is skipped by name: every row has a revision
 the model at the endpoint.
 """
 
+from collections import Counter
 from functools import partial
 
 from cai_jax import statistics
@@ -37,16 +38,15 @@ def run(context, folder) -> dict:
     sampler = context.sampler(context.base)
     prompts, skipped = usable_prompts(sampler, context.prompts["red_team"], settings.response.max_new_tokens)
     left = unfinished(folder, "rows", len(prompts), settings.rows_per_shard)
-    preamble = critique_preamble(context.constitution, settings.critiques)
-    no_room = _no_room(sampler, preamble)
-    if not any(_fits_a_round(context, sampler, preamble, prompt) for prompt in prompts):
+    no_room = _no_room(sampler, context.constitution.critique_few_shots)
+    if not any(_fits_a_round(context, sampler, prompt) for prompt in prompts):
         raise no_room
     worked = Index((shot.principle, shot.revision) for shot in context.constitution.critique_few_shots)
     with context.progress.task(STAGE, len(prompts), "rows", done=len(prompts) - left) as task:
         watch(sampler, task)
         rows = make_rows(
             folder, "rows", prompts, settings.rows_per_shard, lambda: sampler,
-            lambda prompt: _chain(context, sampler, preamble, worked, prompt), preamble, finish=present,
+            lambda prompt: _chain(context, sampler, worked, prompt), _most_shared(context, prompts), finish=present,
         )  # fmt: skip
     if not rows:
         if context.endpoint and (failures := context.endpoint.counts.failures):
@@ -72,8 +72,20 @@ def left_out(ids, rows, reason: str) -> list[dict]:
     return [{"id": row_id, "reason": reason} for row_id in ids if row_id not in there]
 
 
-def _no_room(sampler, preamble) -> UserError:
-    what = "the constitution's few-shots leave" if preamble else "a critique and a revision leave"
+def _preamble(context, principle) -> list[dict]:
+    """The worked critiques and revisions before a round under a principle: those of its aim."""
+    return critique_preamble(context.constitution, context.config.critique_revision.critiques, [principle])
+
+
+def _most_shared(context, prompts) -> list[dict]:
+    """The start of a round that is likeliest for these prompts."""
+    candidates = [principle for prompt in prompts for principle in _principles(context, prompt.category)]
+    aims = Counter(principle.aim for principle in candidates)
+    return _preamble(context, max(candidates, key=lambda principle: aims[principle.aim]))
+
+
+def _no_room(sampler, few_shots) -> UserError:
+    what = "the constitution's few-shots leave" if few_shots else "a critique and a revision leave"
     return UserError(
         f"critique_revision: {what} no room in sampler.max_length={sampler.max_length}; raise it (the model holds "
         f"{sampler.model.config.max_position}) or shorten the few-shots"
@@ -90,15 +102,19 @@ def _room(settings) -> int:
     return settings.revision.max_new_tokens + (settings.critique.max_new_tokens if settings.critiques else 0)
 
 
-def _fits_a_round(context, sampler, preamble, prompt) -> bool:
-    """Whether the shortest request that a round can make for the prompt fits: after an empty response."""
+def _fits_a_round(context, sampler, prompt) -> bool:
+    """Whether a request that a round can make for the prompt fits: after an empty response."""
     settings = context.config.critique_revision
-    shortest = min(context.constitution.principles, key=lambda p: len(p.critique_request + p.revision_request))
-    request = revision_request(messages_of(prompt), "", shortest, _no_critique_yet(settings))
-    return sampler.fits(request, _room(settings), preamble)
+    return any(
+        sampler.fits(
+            revision_request(messages_of(prompt), "", principle, _no_critique_yet(settings)), _room(settings),
+            _preamble(context, principle),
+        )
+        for principle in _principles(context, prompt.category)
+    )  # fmt: skip
 
 
-def _chain(context, sampler, preamble, worked: Index, prompt):
+def _chain(context, sampler, worked: Index, prompt):
     """The row of one prompt: a response, then rounds of critique and revision as far as the context holds them.
 
     None where it holds not even one, or where the endpoint has failed in the first.
@@ -109,7 +125,7 @@ def _chain(context, sampler, preamble, worked: Index, prompt):
     row = _first(context, prompt, response)
     newest = response.text
     for number in range(1, settings.rounds + 1):
-        entry = yield from _round(context, sampler, preamble, worked, row, newest, number)
+        entry = yield from _round(context, sampler, worked, row, newest, number)
         if entry is None:
             break
         row["rounds"].append(entry)
@@ -117,13 +133,14 @@ def _chain(context, sampler, preamble, worked: Index, prompt):
     return row if row["rounds"] else None
 
 
-def _round(context, sampler, preamble, worked: Index, row, newest: str, number: int):
+def _round(context, sampler, worked: Index, row, newest: str, number: int):
     """A critique of the newest text, where there are critiques, and its revision.
 
     None where the context has no room for them or the endpoint gives none; then the row says so.
     """
     settings, messages = context.config.critique_revision, row["messages"]
     principle = _principle(context, row, number)
+    preamble = _preamble(context, principle)
     shortest = revision_request(messages, newest, principle, _no_critique_yet(settings))
     if not sampler.fits(shortest, _room(settings), preamble):
         row["flags"]["context_full"] = True
@@ -136,7 +153,7 @@ def _round(context, sampler, preamble, worked: Index, row, newest: str, number: 
     if not revisions:
         return None
     drawn = [told(settings, worked, newest, remark, revision) for revision in revisions]
-    place, ratios = yield from choose(context, sampler, messages, drawn)
+    place, ratios = yield from choose(context, sampler, messages, principle, drawn)
     flags = {
         "critique_truncated": bool(critique) and critique["truncated"],
         "critique_empty": bool(critique) and not remark.strip(),
@@ -222,11 +239,15 @@ def _first(context, prompt, response) -> dict:
 
 
 def _principle(context, row, number: int):
-    """The principle of a round, drawn from all, or from those of the prompt's category where it has any."""
-    matched = ()
+    """The principle of a round."""
+    return draw_principle(context, STAGE, row["id"], number, among=_principles(context, row["category"]))
+
+
+def _principles(context, category: str):
+    """What the principles of a row are drawn from: all, or those that match the prompt."""
     if context.config.critique_revision.principles == "matched":
-        matched = [each for each in context.constitution.principles if each.category == row["category"]]
-    return draw_principle(context, STAGE, row["id"], number, among=matched)
+        return context.constitution.matching(category, "harmless")
+    return context.constitution.principles
 
 
 def draw_principle(context, stage: str, row_id: str, *rest, among=()):

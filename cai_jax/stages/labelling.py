@@ -40,10 +40,11 @@ def opinions(
     driver: Callable[[Labeler], Sampler | WithoutModel],
     prefix: str = "opinions",
 ) -> list[Opinion]:
-    """What a labeler says of every pair under its principles, in one pass; kept in the shards `PREFIX-NAME`.
+    """What a labeler says of every pair under its principles; kept in the shards `PREFIX-NAME`.
 
-    A finished shard is read, not made again; `driver` is called only if there is work. The stage that asks is
-    `folder.stage`; seeds come from it and from the ids of the pairs, which must differ.
+    One pass over the pairs, or one for each start that requests share. A finished shard is read, not made again;
+    `driver` is called only if there is work. The stage that asks is `folder.stage`; seeds come from it and from the
+    ids of the pairs, which must differ.
     """
     prefix, per_shard = f"{prefix}-{labeler.name}", context.config.preferences.rows_per_shard
 
@@ -53,12 +54,30 @@ def opinions(
         opinion = yield from labeler.compare(pair, under, seed)
         return _to_row(pair, under, labeler, opinion)
 
-    left = unfinished(folder, prefix, len(pairs), per_shard)
+    passes, found = _passes(labeler, principles, prefix), {}
+    left = sum(unfinished(folder, name, len(places), per_shard) for name, _, places in passes)
     title = f"{folder.stage}: labels, {labeler.name}"
     with context.progress.task(title, len(pairs), "pairs", done=len(pairs) - left) as task:
-        items = list(zip(pairs, principles, strict=True))
-        rows = make_rows(folder, prefix, items, per_shard, lambda: watch(driver(labeler), task), ask, labeler.preamble)
-    return [_from_row(row) for row in rows]
+        for name, shared, places in passes:
+            items = [(pairs[place], principles[place]) for place in places]
+            rows = make_rows(folder, name, items, per_shard, lambda: watch(driver(labeler), task), ask, shared)
+            found |= dict(zip(places, map(_from_row, rows), strict=True))
+    return [found[place] for place in range(len(pairs))]
+
+
+def _passes(labeler: Labeler, principles: Sequence[Sequence[Principle]], prefix: str) -> list[tuple]:
+    """(prefix of the shards, start that requests share, places of the pairs) of each pass."""
+    if not hasattr(labeler, "preamble_for"):
+        return [(prefix, labeler.preamble, range(len(principles)))]
+    groups = {}
+    for place, under in enumerate(principles):
+        shared = labeler.preamble_for(under)
+        groups.setdefault(content_hash(shared), (shared, []))[1].append(place)
+    several = len(groups) > 1
+    return [
+        (f"{prefix}-{number}" if several else prefix, shared, places)
+        for number, (shared, places) in enumerate(groups.values(), start=1)
+    ] or [(prefix, labeler.preamble, [])]
 
 
 def _to_row(pair: Pair, principles: Sequence[Principle], labeler: Labeler, opinion: Opinion) -> dict:
@@ -90,18 +109,23 @@ def has_room(labeler: Labeler, messages: Sequence[dict], principles: Sequence[Pr
     return True
 
 
-def principles_of(context, labelers: Sequence[Labeler], stage: str, row_id: str) -> list[Principle]:
-    """The principles behind the label of a pair: drawn ones, or those that all its labelers go by instead of them."""
+def principles_of(
+    context, labelers: Sequence[Labeler], stage: str, row_id: str, among: Sequence[Principle] = ()
+) -> list[Principle]:
+    """The principles behind the label of a pair: drawn ones, or those that all its labelers go by instead of them.
+
+    They are drawn of `among`, or without these of the constitution.
+    """
     own = [getattr(each, "own_principles", ()) for each in labelers]
     if not all(own):
-        return draw_principles(context, stage, row_id)
+        return draw_principles(context, stage, row_id, among)
     return list({principle.id: principle for principles in own for principle in principles}.values())
 
 
-def draw_principles(context, stage: str, row_id: str) -> list[Principle]:
+def draw_principles(context, stage: str, row_id: str, among: Sequence[Principle] = ()) -> list[Principle]:
     """The principles of a pair: as many as the config asks for, drawn with the key of the pair; all in their order."""
-    left, count = list(context.constitution.principles), context.config.preferences.principles
-    if count == 0:
+    left, count = list(among or context.constitution.principles), context.config.preferences.principles
+    if count == 0 or count >= len(left):
         return left
     seeds = [context.row_seed(stage, row_id, "principle", *rest) for rest in [(), *((n,) for n in range(1, count))]]
     return [left.pop(seed % len(left)) for seed in seeds]

@@ -8,10 +8,12 @@ has a label. Filters then say which rows are fit to train on; the others stay, w
 
 import itertools
 from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 
 from cai_jax import filters
+from cai_jax.constitution import Principle
 from cai_jax.endpoint import EXTERNAL, summary_of
 from cai_jax.errors import UserError
 from cai_jax.labelers.judge import TOO_LONG, Judge
@@ -86,6 +88,13 @@ def _sample_pairs(context, folder):
     return pairs, skipped
 
 
+def _matching(context, category: str, unsafe: bool) -> Sequence[Principle]:
+    """What the principles of a pair are drawn from: all, or those that match the prompt and its set."""
+    if context.config.preferences.matched:
+        return context.constitution.matching(category, "harmless" if unsafe else "helpful")
+    return context.constitution.principles
+
+
 def _pair(context, policy, prompt, samples, sides) -> dict:
     """The row of two of a prompt's responses, by their places in the order of sampling."""
     first, second = (samples[side] for side in sides)
@@ -108,7 +117,12 @@ def _label(context, folder, pairs):
     asked_of = Judge(judge.tokenizer, judge.hash, limit, settings.guard)
     labelers = labelling.labelers_of(context, asked_of)
     asked = [Pair(row["id"], row["messages"], row["response_a"]["text"], row["response_b"]["text"]) for row in pairs]
-    principles = [labelling.principles_of(context, labelers, STAGE, pair.id) for pair in asked]
+    unsafe = {prompt.id for prompt in context.prompts["red_team"].rows}
+    among = [_matching(context, row["category"], row["prompt_id"] in unsafe) for row in pairs]
+    principles = [
+        labelling.principles_of(context, labelers, STAGE, pair.id, within)
+        for pair, within in zip(asked, among, strict=True)
+    ]
     driver = labelling.driver_of(context, judge)
     opinions = {each.name: labelling.opinions(context, folder, each, asked, principles, driver) for each in labelers}
     for name, found in opinions.items():

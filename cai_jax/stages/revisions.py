@@ -27,8 +27,10 @@ def _flags(newest: str, critique: str | None, revision: dict) -> dict[str, bool]
     }
 
 
-def choose(context, sampler, messages: list[dict], drawn: list[dict]):
+def choose(context, sampler, messages: list[dict], principle, drawn: list[dict]):
     """A row program: the place of the draw that worked answers before it make likeliest, as against none; log-ratios.
+
+    The worked answers are those of the principle's aim.
 
     A draw that is no revision has no ratio, and is chosen, the first, only where all are such or where the context
     does not hold the worked answers.
@@ -37,7 +39,7 @@ def choose(context, sampler, messages: list[dict], drawn: list[dict]):
     ratios = None
     if len(drawn) > 1 and fit:
         texts = [drawn[i]["revision"]["text"] for i in fit]
-        worked = worked_answers(context.constitution)
+        worked = worked_answers(context.constitution, [principle])
         ratios = yield from log_ratios(sampler.model.tokenizer, sampler.fits, worked, messages, texts, per_token=True)
     if ratios is None:
         return next(iter(fit), 0), {}

@@ -10,9 +10,13 @@ import pytest
 from test_rows import CannedSampler, context, prompt_rows, sample
 
 from cai_jax.config import Filters
-from cai_jax.constitution import load_constitution
+from cai_jax.constitution import AIMS, load_constitution
 from cai_jax.errors import UserError
+from cai_jax.labelers.examples import Examples
+from cai_jax.labelers.judge import Judge
 from cai_jax.labelers.opinion import Opinion, Pair
+from cai_jax.prompt_sets import Prompt, PromptRows
+from cai_jax.prompts import worked_answers
 from cai_jax.provenance import row_seed, write_json
 from cai_jax.run_folder import StageFolder
 from cai_jax.sampler import Generate
@@ -206,3 +210,48 @@ def test_opinions_ask_for_any_stage_and_any_principles(tmp_path):
     assert [opinion.logit for opinion in found] == [-10, 0, -10]
     refuses = lambda labeler: pytest.fail("asked again")  # noqa: E731
     assert labelling.opinions(given, folder, rule, pairs, under, refuses) == found
+
+
+def test_matched_principles_are_those_of_the_category_or_of_the_aim_of_the_set(tmp_path):
+    given = run_context(tmp_path, matched=True, labelers=("rating",))
+    given.constitution = constitution = load_constitution("harmless_helpful")
+    aims = {aim: {each.id for each in constitution.principles if each.aim == aim} for aim in AIMS}
+    crime = {each.id for each in constitution.principles if each.category == "crime"}
+    prompts = [
+        Prompt(f"{name}-{n}", category, ({"role": "user", "content": f"{name} {n}"},))
+        for n in range(12) for name, category in (("unsafe", "crime"), ("other", "juggling"), ("safe", "cooking"))
+    ]  # fmt: skip
+    safe = [prompt for prompt in prompts if prompt.category == "cooking"]
+    sets = {"red_team": [prompt for prompt in prompts if prompt not in safe], "helpful": safe}
+    given.prompts = {name: PromptRows(tuple(rows), (), "") for name, rows in sets.items()}
+    preferences.run(given, given.folder("preferences"))
+    found = {}
+    for row in rows_of(tmp_path):
+        found.setdefault(row["id"].split("-")[0], set()).add(row["principle"])
+    assert found["unsafe"] == crime
+    assert found["other"] <= aims["harmless"] and len(found["other"]) > 3
+    assert found["safe"] <= aims["helpful"] and len(found["safe"]) > 3
+
+
+def test_a_labeler_reads_the_worked_answers_of_the_aim_of_a_pair_in_a_pass_an_aim(tmp_path):
+    given = run_context(tmp_path, labelers=("examples",), rows_per_shard=2)
+    constitution = load_constitution("harmless_helpful")
+    judge, seen = Judge(given.base.tokenizer, "model", 20_000), []
+
+    class Watched(CannedSampler):
+        def stream(self, rows, shared=()):
+            seen.append(list(shared))
+            return super().stream(rows, shared)
+
+    labeler = Examples(judge, given.config.preferences.examples, constitution)
+    pairs = [Pair(f"p{n}", [{"role": "user", "content": f"Q{n}"}], "A", "B") for n in range(6)]
+    under = [[constitution.principle("no_scams" if n % 3 else "no_lecture")] for n in range(6)]
+    folder = given.folder("preferences")
+    asked = labelling.opinions(given, folder, labeler, pairs, under, lambda _: Watched(answers))
+    assert seen == [worked_answers(constitution, under[0]), worked_answers(constitution, under[1])]
+    rows = [*folder.read_shards("opinions-examples-1"), *folder.read_shards("opinions-examples-2")]
+    assert [row["id"] for row in rows] == ["p0", "p3", "p1", "p2", "p4", "p5"] and len(asked) == 6
+    said = {row["id"]: json.loads(row["opinion"])["logit"] for row in rows}
+    assert [opinion.logit for opinion in asked] == [said[pair.id] for pair in pairs]
+    again = labelling.opinions(given, folder, labeler, pairs, under, lambda _: pytest.fail("asked again"))
+    assert again == asked
