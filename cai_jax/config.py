@@ -166,6 +166,7 @@ class Preferences:
     rule: Rule = Rule()
     filters: Filters = Filters()
     response: Sampling = Sampling(max_new_tokens=128)
+    share: float = 1.0  # of the prompts of each set, drawn by the seed
     responses_per_prompt: int = 2  # each two of them are a pair
     rows_per_shard: int = 64  # prompts with their pairs, or labels
 

@@ -131,6 +131,7 @@ BOUNDS = {
     c.Preferences: {
         "principles": _at_least(0),
         "orders": _one_of("both", "first"),
+        "share": ((lambda value: 0 < value <= 1), "above 0 and at most 1"),
         "responses_per_prompt": _at_least(2),
         "rows_per_shard": _at_least(1),
     },

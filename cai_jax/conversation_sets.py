@@ -66,9 +66,9 @@ def parse_mixer(mixer: Sequence[str]) -> dict[str, float]:
     return fractions
 
 
-def draw(ids: Sequence[str], fraction: float, seed: int, source: str) -> set[str]:
+def draw(ids: Sequence[str], fraction: float, seed: int, source: str, use: str = "sft.mixer") -> set[str]:
     """The ids that are taken of a set: of n, round(fraction * n), one at least; more of them as the fraction grows."""
-    order = sorted(ids, key=lambda row_id: row_seed(seed, "sft.mixer", source, row_id))
+    order = sorted(ids, key=lambda row_id: row_seed(seed, use, source, row_id))
     return set(order[: max(1, round(fraction * len(order)))])
 
 

@@ -80,7 +80,12 @@ def _sft(run: Run) -> list[Program]:
 
 def _pairs(run: Run) -> int:
     """How many pairs `preferences` makes: each two responses of a prompt."""
-    return run.workload.rows("red_team", "helpful") * comb(run.config.preferences.responses_per_prompt, 2)
+    return _asked(run) * comb(run.config.preferences.responses_per_prompt, 2)
+
+
+def _asked(run: Run) -> int:
+    """How many prompts `preferences` takes."""
+    return sum(ceil(run.config.preferences.share * run.workload.rows(name)) for name in ("red_team", "helpful"))
 
 
 def _preferences(run: Run) -> list[Program]:
@@ -89,7 +94,7 @@ def _preferences(run: Run) -> list[Program]:
     pairs = _pairs(run)
     prompt, answer = run.workload.tokens("red_team", "helpful"), settings.response.max_new_tokens
     slots = run.config.sampler.rows
-    prompts, responses = run.workload.rows("red_team", "helpful"), settings.responses_per_prompt
+    prompts, responses = _asked(run), settings.responses_per_prompt
     answers = Load.of(slots, prompts, responses * answer, prompt, prompt + answer / 2)
     principles = settings.principles or run.workload.principles
     asked = settings.labelers, 2 if settings.orders == "both" else 1, principles

@@ -14,6 +14,7 @@ import numpy as np
 
 from cai_jax import filters
 from cai_jax.constitution import Principle
+from cai_jax.conversation_sets import draw
 from cai_jax.endpoint import EXTERNAL, summary_of
 from cai_jax.errors import UserError
 from cai_jax.labelers.judge import TOO_LONG, Judge
@@ -65,7 +66,8 @@ def _sample_pairs(context, folder):
     prompts, skipped = [], []
     for name in PROMPTS:
         usable, unusable = usable_prompts(sampler, context.prompts[name], settings.response.max_new_tokens)
-        prompts += usable
+        drawn = draw([prompt.id for prompt in usable], settings.share, context.config.seed, name, STAGE)
+        prompts += [prompt for prompt in usable if prompt.id in drawn]
         skipped += unusable
 
     def answer(prompt):

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ from cai_jax.errors import UserError
 from cai_jax.labelers.examples import Examples
 from cai_jax.labelers.judge import Judge
 from cai_jax.labelers.opinion import Opinion, Pair
-from cai_jax.prompt_sets import Prompt, PromptRows
+from cai_jax.prompt_sets import Prompt, PromptRows, with_unique_ids
 from cai_jax.prompts import worked_answers
 from cai_jax.provenance import row_seed, write_json
 from cai_jax.run_folder import StageFolder
@@ -255,3 +256,17 @@ def test_a_labeler_reads_the_worked_answers_of_the_aim_of_a_pair_in_a_pass_an_ai
     assert [opinion.logit for opinion in asked] == [said[pair.id] for pair in pairs]
     again = labelling.opinions(given, folder, labeler, pairs, under, lambda _: pytest.fail("asked again"))
     assert again == asked
+
+
+def test_a_share_of_the_prompts_of_each_set_is_asked_the_same_ones_at_every_start(tmp_path):
+    asked = {}
+    for share in (0.25, 0.5, 1.0):
+        folder = tmp_path / str(share)
+        given = run_context(folder, [str(n) for n in range(20)], labelers=("rating",), share=share)
+        given.prompts = with_unique_ids(given.prompts | {"helpful": prompt_rows("x", "y", "z", "w")})
+        preferences.run(given, given.folder("preferences"))
+        asked[share] = {row["id"] for row in rows_of(folder)}
+        sets = Counter(row_id.split("/")[0] for row_id in asked[share])
+        assert sets == {"red_team": 20 * share, "helpful": 4 * share}
+    assert asked[0.25] < asked[0.5] < asked[1.0]
+    assert {row_id for row_id in asked[0.25]} != {f"red_team/p{n}" for n in range(5)} | {"helpful/p0"}
