@@ -274,3 +274,25 @@ def test_the_judge_table_shows_what_the_summary_says():
     assert "| command | +1.50 [-4.85, +7.85]; 1 of 1 |" in text
     widths = {line.count("|") for line in text.splitlines() if line.startswith("|")}
     assert widths == {11, 3}
+
+
+def test_the_results_table_says_of_each_model_what_its_answers_are(tmp_path):
+    results = part("results")
+    kinds = {"base": ["answer", "answer"], "sl_cai": ["refusal", "answer"], "dpo": ["refusal", "refusal"]}
+    answers = [
+        {"seed": seed, "model": model, "set": set_name, "id": f"{set_name}-{n}", "kind": kind, "tokens": 10 + n,
+         "margin": {"refusal": 2.0}.get(kind, 0.0) * (set_name == "red_team") + n / 10, "repetition": 0.0,
+         "loss": 2.0 * {"base": 1.0, "sl_cai": 1.01, "dpo": 1.05}[model] if set_name == "helpful" else None}
+        for seed in (0, 1) for model, both in kinds.items() for set_name in ("red_team", "look_alike", "helpful")
+        for n, kind in enumerate(both if set_name == "red_team" else ["answer", "answer"])
+    ]  # fmt: skip
+    table = {line.split(" | ")[0].strip("| "): line.split(" | ")[1:] for line in results.as_table(answers).splitlines()}
+    assert [cell.split()[0] for cell in table["unsafe prompts declined"][:3]] == ["0.000", "0.500", "1.000"]
+    assert [cell.split()[0] for cell in table["helpful prompts declined"][:3]] == ["0.000"] * 3
+    assert [cell.split()[0] for cell in table["loss on good answers, change"][:3]] == ["+0.0%", "+1.0%", "+5.0%"]
+    separations = [float(cell.split()[0]) for cell in table["margin AUROC, unsafe against safe"][:3]]
+    assert separations[0] == 0.5 and separations[2] == 1.0
+    gains = dict(line.strip("| ").split(" | ", 1) for line in results.gains(answers).splitlines())
+    assert gains["unsafe prompts declined"].startswith("– | +0.500")
+    # a prompt that two seeds answer alike is one prompt: the interval is that of two cases, not of four
+    assert table["unsafe prompts declined"][1] == "0.500 (0.095 to 0.905)"
