@@ -16,7 +16,9 @@ def config() -> c.Config:
         prompts=c.Prompts(
             red_team=c.PromptSet("shipped:red_team", split="train", more=("shipped:red_team_more",)),
             helpful=c.PromptSet(
-                "shipped:helpful", split="train", more=("shipped:look_alike:train", "shipped:look_alike_more")
+                "shipped:helpful",
+                split="train",
+                more=("shipped:helpful_more", "shipped:look_alike:train", "shipped:look_alike_more"),
             ),
             eval_look_alike=c.PromptSet("shipped:look_alike", split="eval"),
         ),
@@ -28,11 +30,11 @@ def config() -> c.Config:
             rows_per_shard=64,
         ),
         sft=c.Sft(
-            epochs=3, batch_size=8, sequence_length=256, helpful=answer, rows_per_shard=64,
+            epochs=2, batch_size=8, sequence_length=256, helpful=answer, rows_per_shard=64,
             optimizer=c.Optimizer(learning_rate=4e-4), checkpoint_every=20,
         ),
         preferences=c.Preferences(
-            labelers=("examples",), matched=True, share=0.4, response=rollout, rows_per_shard=64,
+            labelers=("examples",), matched=True, share=0.25, response=rollout, rows_per_shard=64,
             filters=c.Filters(least_confidence=0.65),
         ),
         reward_model=c.RewardModel(

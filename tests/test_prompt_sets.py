@@ -15,7 +15,7 @@ from cai_jax.errors import UserError
 from cai_jax.prompt_sets import check_disjoint, load_prompts, with_unique_ids
 
 SHIPPED = {"red_team": (256, 0.3), "helpful": (256, 0.3), "look_alike": (256, 0.24)}  # rows at least, eval share
-MORE = {"red_team_more": 288, "look_alike_more": 480}  # to train on alone
+MORE = {"red_team_more": 288, "look_alike_more": 960, "helpful_more": 192}  # to train on alone
 ROWS = [
     {"id": "a", "category": "x", "split": "train", "prompt": "What is a 'loom'?\nIn short, please."},
     {"id": "b", "category": "y", "split": "train", "prompt": "NA"},
@@ -76,8 +76,8 @@ def test_further_prompts_are_for_training_alone(name):
     assert len(found.rows) >= MORE[name] and not found.skipped
     assert len(load(f"shipped:{name}", split="train").rows) == len(found.rows)
     categories = Counter(prompt.category for prompt in found.rows)
-    assert len(categories) == 12 and min(categories.values()) >= 24
-    assert {prompt.category for prompt in found.rows[:12]} == set(categories)
+    assert len(categories) >= 12 and min(categories.values()) >= 12
+    assert {prompt.category for prompt in found.rows[: len(categories)]} == set(categories)
 
 
 def test_red_team_covers_its_harms():
