@@ -13,7 +13,7 @@ ROUNDS = 2
 CHAIN_TOKENS = 64  # of a response, a critique, a revision
 PLAIN_TOKENS = 128  # of a prompt, and of what follows it
 PLAIN_ROWS = (1, 8, 32)
-CONTEXT = 1280  # tokens that a row of the chain may come to; about 950 are usual
+CONTEXT = 1536  # tokens that a row of the chain may come to; about 1,200 are usual
 WORDS = "time river stone paper light house garden music winter travel market window letter bridge summer".split()
 FILLER = "a"  # where a word is too long
 
@@ -26,7 +26,7 @@ def make_work(folder: Path, tokenizer, constitution, path: Path, rows: int = ROW
     chains = [_chain(prompt, constitution, place) for place, prompt in enumerate(prompts[: 2 * rows])]
     work = {
         "model": str(folder),
-        "preamble": critique_preamble(constitution),
+        "preamble": critique_preamble(constitution, principles=_principles(constitution)),
         "chains": chains[:rows],
         "warm_up": chains[rows:],
         "new_tokens": CHAIN_TOKENS,
@@ -37,8 +37,13 @@ def make_work(folder: Path, tokenizer, constitution, path: Path, rows: int = ROW
     return work
 
 
+def _principles(constitution):
+    """Those of one aim, so that all rounds begin alike."""
+    return [principle for principle in constitution.principles if principle.aim == constitution.principles[0].aim]
+
+
 def _chain(prompt, constitution, place: int) -> dict:
-    principles = constitution.principles
+    principles = _principles(constitution)
     drawn = [principles[(ROUNDS * place + number) % len(principles)] for number in range(ROUNDS)]
     return {
         "messages": [{"role": message["role"], "content": message["content"]} for message in prompt.messages],

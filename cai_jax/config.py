@@ -155,8 +155,8 @@ class Preferences:
     judge: str = ""  # model that labels; "": the model that the run starts from
     labelers: tuple[str, ...] = ("options",)  # of LABELERS; several vote
     principles: int = 1  # drawn for a pair without repetition, their log-odds averaged; 0: all
-    matched: bool = False  # draw among those of the prompt's category, or where there are none those of the aim of its
-    # set: harmless for prompts.red_team, helpful for prompts.helpful (Bai et al. 2022, section 4.1)
+    matched: bool = False  # draw among those of the aim of the prompt's set, harmless for prompts.red_team, helpful for
+    # prompts.helpful (Bai et al. 2022, section 4.1); of these among those of its category, where it has any
     orders: str = "both"  # the responses are shown in both orders and averaged, or first: in one only
     guard: bool = True  # mask what imitates a verdict, a rating or a next turn before a judge reads a response
     thought: Thought = Thought()

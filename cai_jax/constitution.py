@@ -99,9 +99,17 @@ class Constitution:
         raise UserError(f"{self.path}: there is no principle {id!r}{nearest}")
 
     def matching(self, category: str, aim: str) -> tuple[Principle, ...]:
-        """The principles of a category; where there are none those of an aim, and all where there are none either."""
-        same = tuple(principle for principle in self.principles if category and principle.category == category)
-        return same or tuple(principle for principle in self.principles if principle.aim == aim) or self.principles
+        """The principles of an aim and a category; without such those of the aim, and without these all.
+
+        A principle that says no aim is of either.
+        """
+        of_aim = tuple(principle for principle in self.principles if principle.aim in ("", aim))
+        return tuple(p for p in of_aim if category and p.category == category) or of_aim or self.principles
+
+    @property
+    def aims(self) -> tuple[str, ...]:
+        """The aims of its principles, "" where one says none; in their order."""
+        return tuple(dict.fromkeys(principle.aim for principle in self.principles))
 
     def worked(self, principles: Sequence[Principle] = ()) -> tuple[CritiqueExample, ...]:
         """The worked critiques whose principles have an aim of these; all where none has, or none are given."""

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from small_tokenizers import BUILDERS, tokenizer_of
 
 from cai_jax import judging, load_constitution
 from cai_jax.chat import encode_chat
@@ -295,4 +296,28 @@ def test_the_results_table_says_of_each_model_what_its_answers_are(tmp_path):
     gains = dict(line.strip("| ").split(" | ", 1) for line in results.gains(answers).splitlines())
     assert gains["unsafe prompts declined"].startswith("– | +0.500")
     # a prompt that two seeds answer alike is one prompt: the interval is that of two cases, not of four
-    assert table["unsafe prompts declined"][1] == "0.500 (0.095 to 0.905)"
+    assert table["unsafe prompts declined"][1] == "0.500 (0.095 to 0.905); 0.500 0.500"
+    losses = [{"seed": seed, "set": "helpful", "id": str(n), "model": model, "loss": 2.0 + (model == "dpo") * n / 100}
+              for seed in (0, 1, 2) for n in range(5) for model in ("base", "dpo")]  # fmt: skip
+    alone = results.loss_change([line for line in losses if line["seed"] == 0], "dpo")
+    assert results.loss_change(losses, "dpo") == alone != results.loss_change(losses, "base")
+
+
+def test_records_of_runs_that_differ_in_more_than_the_seed_are_refused():
+    results = part("results")
+    record = [{"seed": 0, "settings": "a"}, {"kind": "answer", "model": "base"}]
+    other = [{"seed": 1, "settings": "a"}, {"kind": "answer", "model": "base"}]
+    assert results.unlike([record, other]) == ""
+    assert "each must have its own" in results.unlike([record, record])
+    assert "differ in more" in results.unlike([record, [{"seed": 1, "settings": "b"}, other[1]]])
+    assert "differ in more" in results.unlike([record, [*other, {"kind": "answer", "model": "dpo"}]])
+
+
+def test_a_chain_of_the_benchmark_fits_its_context():
+    tokenizer = tokenizer_of("smollm2" if "smollm2" in BUILDERS else "chatml")
+    constitution = load_constitution("harmless_helpful")
+    principles = work._principles(constitution)
+    preamble = critique_preamble(constitution, principles=principles)
+    longest = max(len(encode_chat(tokenizer, [{"role": "user", "content": p.critique_request + p.revision_request}]))
+                  for p in principles)  # fmt: skip
+    assert len(encode_chat(tokenizer, preamble)) + longest + 3 * work.CHAIN_TOKENS + 100 < work.CONTEXT

@@ -486,10 +486,16 @@ def test_an_aim_is_one_of_two_and_stays_out_of_the_hash_where_it_is_not_said(tmp
 
 def test_principles_match_by_category_then_by_aim():
     constitution = load_constitution("harmless_helpful")
-    assert {p.id for p in constitution.matching("crime", "helpful")} == {"no_help_with_crime", "no_hiding_of_crime"}
+    assert {p.id for p in constitution.matching("crime", "harmless")} == {"no_help_with_crime", "no_hiding_of_crime"}
     for aim in AIMS:
         found = constitution.matching("cooking", aim)
         assert found and {p.aim for p in found} == {aim} and constitution.matching("", aim) == found
     verifiable = load_constitution("verifiable")  # says no aims
     assert verifiable.matching("cooking", "helpful") == verifiable.principles
     assert verifiable.worked(verifiable.principles[:1]) == verifiable.critique_few_shots
+
+
+def test_a_category_of_the_other_aim_does_not_match():
+    constitution = load_constitution("harmless_helpful")
+    assert {p.aim for p in constitution.matching("medical", "helpful")} == {"helpful"}
+    assert [p.id for p in constitution.matching("medical", "harmless")] == ["careful_with_health"]

@@ -52,7 +52,7 @@ def test_every_verifiable_pair_keeps_its_rule_in_the_better_response_alone():
 
 
 def test_no_shipped_gold_prompt_stands_in_a_prompt_set_or_among_the_worked_examples():
-    sets = read_prompts(load_config("cai_7b")[1]) | read_prompts(load_config("cai_smollm2")[1])
+    sets = read_prompts(load_config("cai_7b")[1]) | read_prompts(load_config("cai_smollm2_full")[1])
     for name in ("harmless_helpful", "verifiable"):
         constitution = load_constitution(name)
         gold = load_gold("", constitution)

@@ -53,8 +53,9 @@ class Examples:
     @cached_property
     def hash(self) -> str:
         """Of all that decides its opinions beside the pair."""
-        aims = [principle.aim for principle in self.constitution.principles]
-        settings = [self.name, asdict(self.settings), *(aims if any(aims) else ())]
+        settings = [self.name, asdict(self.settings)]
+        if len(of_aim := {p.aim: self.preamble_for([p]) for p in self.constitution.principles}) > 1:
+            settings.append(of_aim)
         return hash_of(self.judge, settings, self.preamble, lambda messages, *_: messages)
 
     def compare(self, pair: Pair, principles: Sequence[Principle], seed: int) -> Row:

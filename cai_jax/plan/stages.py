@@ -85,7 +85,8 @@ def _pairs(run: Run) -> int:
 
 def _asked(run: Run) -> int:
     """How many prompts `preferences` takes."""
-    return sum(ceil(run.config.preferences.share * run.workload.rows(name)) for name in ("red_team", "helpful"))
+    share = run.config.preferences.share
+    return sum(max(1, round(share * run.workload.rows(name))) for name in ("red_team", "helpful"))
 
 
 def _preferences(run: Run) -> list[Program]:

@@ -65,7 +65,10 @@ def workload_of(config: Config) -> Workload:
         "preferences": _tokens(constitution.preference_few_shots),
     }
     if "examples" in (*config.preferences.labelers, *config.judge.also):
-        worked = [worked_answers(constitution, [principle]) for principle in constitution.principles]
+        at_once = [[principle] for principle in constitution.principles]
+        if config.preferences.principles != 1 or config.judge.principles == "all":
+            at_once = [constitution.principles]
+        worked = [worked_answers(constitution, principles) for principles in at_once]
         longest = max(sum(len(turn["content"]) for turn in turns) for turns in worked)
         preambles["preferences"] = max(preambles["preferences"], round(longest / CHARACTERS_A_TOKEN))
     return Workload(sets, preambles, len(constitution.principles), _gold(config, constitution), tuple(assumed))

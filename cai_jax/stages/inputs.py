@@ -7,7 +7,7 @@ from pathlib import Path
 from cai_jax.chat import encode_chat, turn_end_id
 from cai_jax.config import Config
 from cai_jax.config_rules import REINFORCED
-from cai_jax.constitution import Constitution, load_constitution
+from cai_jax.constitution import AIMS, Constitution, load_constitution
 from cai_jax.conversation_sets import OWN, Conversations, load_conversations, parse_mixer
 from cai_jax.endpoint import EXTERNAL
 from cai_jax.errors import UserError
@@ -145,12 +145,36 @@ def check_principles(config: Config, constitution: Constitution) -> None:
     if draws > 1 and not constitution.critique_few_shots:
         raise UserError(f"{constitution.path}: few_shots has no worked critique, by which critique_revision.draws "
                         f"({draws}) chooses: write some, or set critique_revision.draws=1")
+    _check_aims(config, constitution, asked)
     if "preferences" not in config.stages:
         return
     count, there = config.preferences.principles, len(constitution.principles)
     if count > there:
         raise UserError(f"preferences.principles ({count}) is more than the {there} of {constitution.path}; "
                         "0 takes all")
+
+
+def _check_aims(config: Config, constitution: Constitution, asked: set[str]) -> None:
+    """Refuse what would show worked examples of one aim, or principles of it, where the other is meant."""
+    told = {constitution.principle(shot.principle).aim for shot in constitution.critique_few_shots}
+    reads = "examples" in asked or ("critique_revision" in config.stages and config.critique_revision.draws > 1)
+    if reads and (missing := set(constitution.aims) - told):
+        names = " or ".join(sorted(aim or "no" for aim in missing))
+        raise UserError(f"{constitution.path}: no worked critique has a principle of {names} aim, and others have: "
+                        "write one for each aim, or leave aim out of all principles")
+    if "preferences" not in config.stages:
+        return
+    settings = config.preferences
+    if "examples" in settings.labelers and len(told) > 1 and not settings.matched:
+        raise UserError("preferences.labelers: examples reads the worked answers of the aim of a pair's principle, and "
+                        f"{constitution.path} has {' and '.join(sorted(told))} ones: set preferences.matched=true, so "
+                        "that the aim fits the prompt")
+    if settings.matched and (missing := [aim for aim in AIMS if not {aim, ""} & set(constitution.aims)]):
+        raise UserError(f"{constitution.path}: no principle has the aim {missing[0]}, which preferences.matched needs: "
+                        "write one, or set preferences.matched=false")
+    if settings.matched and constitution.aims == ("",):
+        raise UserError(f"{constitution.path}: no principle has an aim, by which preferences.matched goes: write them, "
+                        "or set preferences.matched=false")
 
 
 def check_models(config: Config, run_dir: Path) -> None:

@@ -44,11 +44,13 @@ def _require_room(context, judge) -> None:
     """Refuse a judge whose worked examples leave a labeler no room for a pair, before pairs are sampled."""
     config = context.config
     limit = min(config.sampler.max_length, judge.config.max_position)
-    principle = min(context.constitution.principles, key=lambda p: len(p.preference_question))
+    longest_first = sorted(context.constitution.principles, key=lambda p: len(p.preference_question), reverse=True)
+    of_aim = {principle.aim: principle for principle in longest_first}
     prompts = [messages_of(prompt) for name in PROMPTS for prompt in context.prompts[name].rows]
     for asked in labelling.labelers_of(context, Judge(judge.tokenizer, "", limit, config.preferences.guard)):
-        if not any(labelling.has_room(asked, messages, [principle]) for messages in prompts):
-            raise _no_room(asked.name, limit, judge)
+        for principle in of_aim.values():
+            if not any(labelling.has_room(asked, messages, [principle]) for messages in prompts):
+                raise _no_room(asked.name, limit, judge)
 
 
 def _no_room(name: str, limit: int, judge) -> UserError:

@@ -1,6 +1,7 @@
 """The door: whatever a stage cannot use is refused before a stage runs and before `--fresh` discards anything."""
 
 import json
+import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -302,6 +303,30 @@ def test_draws_need_worked_answers_to_be_chosen_by(tmp_path):
     bare.write_text(text[: text.index("few_shots:")].replace("name: verifiable", "name: bare"), encoding="utf-8")
     told = refusal(tmp_path / "run", "critique_revision.draws=2", f"constitution={bare}")
     assert "no worked critique, by which critique_revision.draws (2) chooses" in told
+
+
+SHIPPED = (Path(__file__).parents[2] / "constitutions" / "harmless_helpful.yaml").read_text(encoding="utf-8")
+MATCHED = "preferences.matched=true"
+
+
+@pytest.mark.parametrize(
+    ("text", "settings", "told"),
+    [
+        (SHIPPED, ["preferences.labelers=examples"], f"set {MATCHED}, so that the aim fits the prompt"),
+        (SHIPPED.replace("aim: helpful", "aim: harmless"), [MATCHED], "no principle has the aim helpful"),
+        (re.sub(r"    aim: \w+\n", "", SHIPPED), [MATCHED], "no principle has an aim"),
+        (
+            SHIPPED,
+            ["principles=careful_with_money,no_lecture", "critique_revision.draws=2"],
+            "no worked critique has a principle of harmless aim, and others have",
+        ),
+    ],
+    ids=["unmatched", "an aim is missing", "no aims", "no worked critique of an aim"],
+)
+def test_aims_that_labels_or_drafts_would_miss_are_refused(tmp_path, text, settings, told):
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(text.replace("name: harmless_helpful", "name: mine"), encoding="utf-8")
+    assert told in refusal(tmp_path / "run", *settings, f"constitution={mine}")
 
 
 def test_what_is_no_revision_is_dropped_by_name(tmp_path):

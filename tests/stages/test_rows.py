@@ -220,8 +220,14 @@ def test_revisions_are_held_to_the_rules_that_a_program_can_check():
 def test_principles_can_be_matched_to_the_category_of_a_prompt(tmp_path):
     prompts = prompt_rows(*(f"p{i}" for i in range(12)))
     rows = [replace(prompt, category="cyber" if i % 2 else "gardening") for i, prompt in enumerate(prompts.rows)]
-    told = context(CannedSampler(answers_of_a_chain), replace(prompts, rows=tuple(rows)))
-    told.constitution = load_constitution("harmless_helpful")
+    asked = []
+
+    def answer(request):
+        asked.append(request.conversation)
+        return answers_of_a_chain(request)
+
+    told = context(CannedSampler(answer), replace(prompts, rows=tuple(rows)))
+    told.constitution = constitution = load_constitution("harmless_helpful")
     settings = replace(told.config.critique_revision, principles="matched")
     told.config = replace(told.config, critique_revision=settings)
     folder = StageFolder(tmp_path, "critique_revision")
@@ -229,7 +235,28 @@ def test_principles_can_be_matched_to_the_category_of_a_prompt(tmp_path):
     used = {"cyber": set(), "gardening": set()}
     for row in folder.read_shards():
         used[row["category"]] |= {entry["principle"] for entry in row["rounds"]}
+    aims = {principle.id: principle.aim for principle in constitution.principles}
     assert used["cyber"] == {"no_break_in_by_computer"} and len(used["gardening"]) > 3
+    assert {aims[each] for each in used["gardening"]} == {"harmless"}
+    shown = {turn["content"] for conversation in asked for turn in conversation if turn["role"] == "assistant"}
+    for shot in constitution.critique_few_shots:
+        assert (shot.revision in shown) == (aims[shot.principle] == "harmless")
+
+
+def test_a_round_shows_the_worked_critiques_of_its_own_principles_aim(tmp_path):
+    before = {}
+
+    def answer(request):
+        before.setdefault(request.conversation[-1]["content"], set()).add(request.conversation[0]["content"])
+        return answers_of_a_chain(request)
+
+    told = told_how(CannedSampler(answer), [f"p{i}" for i in range(12)])
+    critique_revision.run(told, StageFolder(tmp_path, "critique_revision"))
+    drawn = [principle for principle in told.constitution.principles if principle.critique_request in before]
+    assert {principle.aim for principle in drawn} == {"harmless", "helpful"}
+    for principle in drawn:
+        (first, *_) = told.constitution.worked([principle])
+        assert before[principle.critique_request] == before[principle.revision_request] == {first.prompt}
 
 
 def test_kinds_are_counted_for_responses_and_for_the_revisions_of_each_round(tmp_path):
