@@ -56,7 +56,7 @@ class CritiqueRevision:
     rounds: int = 4
     critiques: bool = True  # a critique before each revision; without, revisions are asked for at once (section 3.5)
     draws: int = 1  # revisions drawn in a round; the likeliest after the constitution's worked answers, as against
-    # without them, becomes the revision: see the labeler `examples`
+    # others or none, becomes the revision: see the labeler `examples`
     principles: str = "drawn"  # for a round: drawn, one of all; matched, one of the prompt's category, or where there
     # is none one whose aim is harmless
     response: Sampling = Sampling(max_new_tokens=128)
@@ -116,7 +116,7 @@ class Contrast:
 
 @dataclass(frozen=True)
 class Examples:
-    """The labeler that asks how much likelier a response is after the constitution's worked answers than without."""
+    """The labeler that asks how much likelier a response is after worked answers of its aim than after others."""
 
     per_token: bool = False  # the mean over a response's tokens; else their sum
     scale: float = 1.0  # nats of the label for a difference of 1

@@ -113,10 +113,13 @@ class Constitution:
 
     def worked(self, principles: Sequence[Principle] = ()) -> tuple[CritiqueExample, ...]:
         """The worked critiques whose principles have an aim of these; all where none has, or none are given."""
-        aims = {principle.aim for principle in principles}
-        return tuple(
-            shot for shot in self.critique_few_shots if self.principle(shot.principle).aim in aims
-        ) or self.critique_few_shots
+        unlike = self.unlike(principles)
+        return tuple(shot for shot in self.critique_few_shots if shot not in unlike) or self.critique_few_shots
+
+    def unlike(self, principles: Sequence[Principle]) -> tuple[CritiqueExample, ...]:
+        """The worked critiques whose principles have another aim than these; none where none are given."""
+        aims = {principle.aim for principle in principles or self.principles}
+        return tuple(shot for shot in self.critique_few_shots if self.principle(shot.principle).aim not in aims)
 
 
 def load_constitution(path: str | Path, principles: Sequence[str] = ()) -> Constitution:

@@ -87,11 +87,16 @@ def worked_answers(constitution, principles: Sequence = ()) -> list[dict]:
 
     Those of the aims of `principles`, or all.
     """
-    return [
-        turn
-        for shot in constitution.worked(principles)
-        for turn in (_turn("user", shot.prompt), _turn("assistant", shot.revision))
-    ]
+    return _answered(constitution.worked(principles))
+
+
+def unlike_answers(constitution, principles: Sequence) -> list[dict]:
+    """`worked_answers` of the other aims than those of `principles`; none where there are no others."""
+    return _answered(constitution.unlike(principles))
+
+
+def _answered(shots) -> list[dict]:
+    return [turn for shot in shots for turn in (_turn("user", shot.prompt), _turn("assistant", shot.revision))]
 
 
 def critique_request(messages: list[dict], response: str, principle) -> list[dict]:

@@ -1,8 +1,10 @@
-"""Examples: how much likelier a response is after the constitution's worked answers than without them.
+"""Examples: how much likelier a response is after the constitution's worked answers than after others, or without.
 
 A small model that cannot say which response keeps a principle still takes up the manner of answers that it has just
 read. Like `contrast` this compares log-probs of the responses themselves under two contexts; here the better one shows
-good answers in place of asking for them, so nothing need be understood of a principle's wording.
+good answers in place of asking for them, so nothing need be understood of a principle's wording. Where the constitution
+has worked answers of two aims, those of the other aim are the second context: against none, whatever is short and
+written in their manner gains, a refusal of a harmless request too (docs/learning.md).
 """
 
 from collections.abc import Callable, Sequence
@@ -16,17 +18,17 @@ from cai_jax.chat import completion_ids, turn_end_id
 from cai_jax.constitution import Constitution, Principle
 from cai_jax.labelers.judge import TOO_LONG, Judge, hash_of
 from cai_jax.labelers.opinion import Opinion, Pair
-from cai_jax.prompts import worked_answers
+from cai_jax.prompts import unlike_answers, worked_answers
 from cai_jax.sampler import Row, Score
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Compares log p(response | worked answers, prompt) - log p(response | prompt) of two responses.
+    """Compares log p(response | worked answers, prompt) - log p(response | others, prompt) of two responses.
 
-    The token that ends the turn belongs to a response. The worked answers are those of the aims of a pair's principles.
-    Where the constitution says no aims they are the same for all pairs, so it goes by their principles, whichever
-    were drawn for a pair.
+    The token that ends the turn belongs to a response. The worked answers are those of the aims of a pair's principles,
+    the others those of other aims, none where there are no others. Where the constitution says no aims they are the
+    same for all pairs, so it goes by their principles, whichever were drawn for a pair.
     """
 
     judge: Judge
@@ -60,9 +62,10 @@ class Examples:
 
     def compare(self, pair: Pair, principles: Sequence[Principle], seed: int) -> Row:
         """A row program with two `Score`s, each of both responses."""
-        texts, worked = (pair.response_a, pair.response_b), self.preamble_for(principles)
+        texts = pair.response_a, pair.response_b
+        worked = self.preamble_for(principles), unlike_answers(self.constitution, principles)
         ratios = yield from log_ratios(
-            self.judge.tokenizer, self.judge.fits, worked, pair.messages, texts, self.settings.per_token
+            self.judge.tokenizer, self.judge.fits, *worked, pair.messages, texts, self.settings.per_token
         )
         if ratios is None:
             return Opinion(None, TOO_LONG)
@@ -72,21 +75,22 @@ class Examples:
 def log_ratios(
     tokenizer,
     fits: Callable[[Sequence[dict], int], bool],
-    preamble: Sequence[dict],
+    worked: Sequence[dict],
+    unlike: Sequence[dict],
     messages: Sequence[dict],
     texts: Sequence[str],
     per_token: bool,
 ) -> Row:
-    """A row program that returns log p(text | worked answers, messages) - log p(text | messages) of each text, in nats.
+    """A row program that returns log p(text | worked, messages) - log p(text | unlike, messages) of each text, in nats.
 
     `fits` says whether a conversation and so many tokens after it stay within the context. None where they do not.
     """
     end = turn_end_id(tokenizer)
     options = [completion_ids(tokenizer, text, end) for text in texts]
-    shown = [*preamble, *messages]
-    if not fits(shown, max(map(len, options))):
+    shown = [*worked, *messages], [*unlike, *messages]
+    if not all(fits(conversation, max(map(len, options))) for conversation in shown):
         return None
-    after = yield Score(shown, options)
-    without = yield Score(messages, options)
+    after = yield Score(shown[0], options)
+    against = yield Score(shown[1], options)
     summed = np.mean if per_token else np.sum
-    return [float(summed(x - y)) for x, y in zip(after, without, strict=True)]
+    return [float(summed(x - y)) for x, y in zip(after, against, strict=True)]

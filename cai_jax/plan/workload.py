@@ -10,7 +10,7 @@ from cai_jax.config import Config, PromptSet
 from cai_jax.constitution import Constitution, load_constitution
 from cai_jax.gold import load_gold
 from cai_jax.prompt_sets import load_prompts
-from cai_jax.prompts import worked_answers
+from cai_jax.prompts import unlike_answers, worked_answers
 
 CHARACTERS_A_TOKEN = 4  # of English prose, for the usual vocabularies
 ASSUMED_PROMPTS, ASSUMED_TOKENS = 1000, 128  # of a set that is on the hub
@@ -31,6 +31,7 @@ class Workload:
 
     prompts: dict[str, PromptCount]
     preambles: dict[str, int]  # tokens of the worked examples that requests begin with
+    unlike: int  # tokens of the worked answers of other aims, which comparisons by worked answers are against
     principles: int
     gold: PromptCount  # pairs of the judge stage, a prompt with both responses
     assumptions: tuple[str, ...]
@@ -68,10 +69,15 @@ def workload_of(config: Config) -> Workload:
         at_once = [[principle] for principle in constitution.principles]
         if config.preferences.principles != 1 or config.judge.principles == "all":
             at_once = [constitution.principles]
-        worked = [worked_answers(constitution, principles) for principles in at_once]
-        longest = max(sum(len(turn["content"]) for turn in turns) for turns in worked)
-        preambles["preferences"] = max(preambles["preferences"], round(longest / CHARACTERS_A_TOKEN))
-    return Workload(sets, preambles, len(constitution.principles), _gold(config, constitution), tuple(assumed))
+        worked = max(_length(worked_answers(constitution, principles)) for principles in at_once)
+        preambles["preferences"] = max(preambles["preferences"], worked)
+    unlike = max(_length(unlike_answers(constitution, [principle])) for principle in constitution.principles)
+    return Workload(sets, preambles, unlike, len(constitution.principles), _gold(config, constitution), tuple(assumed))
+
+
+def _length(turns) -> int:
+    """The tokens of a conversation, about."""
+    return round(sum(len(turn["content"]) for turn in turns) / CHARACTERS_A_TOKEN)
 
 
 def _gold(config: Config, constitution: Constitution) -> PromptCount:

@@ -2,7 +2,7 @@
 
 from cai_jax.config import NO_REVISIONS
 from cai_jax.labelers.examples import log_ratios
-from cai_jax.prompts import worked_answers
+from cai_jax.prompts import unlike_answers, worked_answers
 from cai_jax.similarity import Index
 from cai_jax.text_metrics import classify_response
 
@@ -28,9 +28,10 @@ def _flags(newest: str, critique: str | None, revision: dict) -> dict[str, bool]
 
 
 def choose(context, sampler, messages: list[dict], principle, drawn: list[dict]):
-    """A row program: the place of the draw that worked answers before it make likeliest, as against none; log-ratios.
+    """A row program: the place of the draw that worked answers before it make likeliest, and log-ratios.
 
-    The worked answers are those of the principle's aim.
+    The worked answers are those of the principle's aim, as against those of other aims, or none where there are no
+    others.
 
     A draw that is no revision has no ratio, and is chosen, the first, only where all are such or where the context
     does not hold the worked answers.
@@ -39,8 +40,8 @@ def choose(context, sampler, messages: list[dict], principle, drawn: list[dict])
     ratios = None
     if len(drawn) > 1 and fit:
         texts = [drawn[i]["revision"]["text"] for i in fit]
-        worked = worked_answers(context.constitution, [principle])
-        ratios = yield from log_ratios(sampler.model.tokenizer, sampler.fits, worked, messages, texts, per_token=True)
+        worked = worked_answers(context.constitution, [principle]), unlike_answers(context.constitution, [principle])
+        ratios = yield from log_ratios(sampler.model.tokenizer, sampler.fits, *worked, messages, texts, per_token=True)
     if ratios is None:
         return next(iter(fit), 0), {}
     ratios = dict(zip(fit, ratios, strict=True))

@@ -14,6 +14,7 @@ from cai_jax.chat import completion_ids, encode_chat, turn_end_id
 from cai_jax.constitution import load_constitution
 from cai_jax.errors import UserError
 from cai_jax.labelers import make
+from cai_jax.labelers.examples import Examples
 from cai_jax.labelers.judge import Judge
 from cai_jax.labelers.opinion import Opinion, Pair
 from cai_jax.labelers.rating import expectation
@@ -30,6 +31,7 @@ from cai_jax.prompts import (
     reasoning_request,
     resolve_options,
     resolve_ratings,
+    unlike_answers,
     worked_answers,
 )
 from cai_jax.rules import satisfies
@@ -216,6 +218,35 @@ def test_examples_are_the_ratio_with_and_without_the_worked_answers(sampler, mod
             )
             ratios.append((np.mean if per_token else np.sum)(after - without))
         assert opinion.logit == pytest.approx(2 * (ratios[0] - ratios[1]), abs=2e-4)
+
+
+@pytest.mark.parametrize("aim", ["harmless", "helpful"])
+def test_examples_of_two_aims_are_the_ratio_of_one_to_the_other(sampler, model, aim):
+    constitution = load_constitution("harmless_helpful", ("no_lecture", "no_scams"))  # one worked critique each
+    principle = next(each for each in constitution.principles if each.aim == aim)
+    labeler = Examples(Judge(model.tokenizer, "", sampler.max_length), c.Examples(), constitution)
+    own, other = worked_answers(constitution, [principle]), unlike_answers(constitution, [principle])
+    assert own and other and labeler.preamble_for([principle]) == own and not labeler.own_principles
+    for pair, opinion in zip(PAIRS, compare(sampler, labeler, PAIRS, [principle]), strict=True):
+        ratios = []
+        for text in (pair.response_a, pair.response_b):
+            response = completion_ids(model.tokenizer, text, turn_end_id(model.tokenizer))
+            after, against = (
+                np.asarray(logprobs_after(model, encode_chat(model.tokenizer, [*shown, *pair.messages]), response))
+                for shown in (own, other)
+            )
+            ratios.append(np.sum(after - against))
+        assert opinion.logit == pytest.approx(ratios[0] - ratios[1], abs=4e-4)
+
+
+def test_the_hash_of_examples_tells_which_answers_are_of_which_aim(model):
+    whole = load_constitution("harmless_helpful")
+    moved = [replace(shot, principle="no_lecture") if shot.principle == "no_scams" else shot
+             for shot in whole.critique_few_shots]  # fmt: skip
+    judge = Judge(model.tokenizer, "", 1024)
+    hashes = {Examples(judge, c.Examples(), each).hash
+              for each in (whole, replace(whole, critique_few_shots=tuple(moved)))}  # fmt: skip
+    assert len(hashes) == 2
 
 
 def test_an_opposite_of_ones_own_takes_the_place_of_ours():

@@ -292,20 +292,21 @@ def told_how(sampler, texts, **fields):
 def test_of_several_draws_the_one_is_taken_that_worked_answers_make_likeliest(tmp_path):
     draws = ["Take a crowbar.", "I can't help with that.", "I won't help with it. Ask a locksmith.", "no " * 30]
     texts = iter(["Gladly.", "Yes.", *draws, "Yes.", *draws])
-    asked = []
+    constitution, asked = load_constitution("harmless_helpful"), []
+    harmless = {shot.prompt for shot in constitution.worked(constitution.matching("", "harmless"))}
 
     def answer(request):
         if isinstance(request, Generate):
             asked.append(request)
             return sample(next(texts))
-        after = len(request.conversation) > 1  # the worked answers stand before the prompt
+        after = request.conversation[0]["content"] in harmless  # as against worked answers of the other aim
         said = [byte_tokenizer().decode(option) for option in request.options]
         gains = [0.5 * ("can't" in text) + 0.7 * ("won't" in text) for text in said]
         return [np.full(5, -2.0 + after * gain) for gain in gains]
 
     sampler, folder = CannedSampler(answer), StageFolder(tmp_path, "critique_revision")
     sampler.model.tokenizer = byte_tokenizer()
-    summary = critique_revision.run(told_how(sampler, ["p"], draws=4), folder)
+    summary = critique_revision.run(told_how(sampler, ["p"], draws=4, principles="matched"), folder)
     (row,) = folder.read_shards()
     first, second = row["rounds"]
     assert first["revision"]["text"] == draws[2] and first["chosen"] == 2 and first["kind"] == "refusal"
