@@ -15,7 +15,7 @@ from cai_jax.errors import UserError
 from cai_jax.prompt_sets import check_disjoint, load_prompts, with_unique_ids
 
 SHIPPED = {"red_team": (256, 0.3), "helpful": (256, 0.3), "look_alike": (256, 0.24)}  # rows at least, eval share
-MORE = {"red_team_more": 288, "look_alike_more": 960, "helpful_more": 192}  # to train on alone
+MORE = {"red_team_more": 648, "look_alike_more": 960, "helpful_more": 192}  # to train on alone
 ROWS = [
     {"id": "a", "category": "x", "split": "train", "prompt": "What is a 'loom'?\nIn short, please."},
     {"id": "b", "category": "y", "split": "train", "prompt": "NA"},
