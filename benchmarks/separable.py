@@ -39,7 +39,7 @@ def main() -> int:
     model = load_model(options.model)
     names = ("red_team", "helpful", "eval_red_team", "eval_helpful", "eval_look_alike")
     found = {name: features(model, load_prompts(getattr(config.prompts, name), name).rows) for name in names}
-    heads = ("share of train prompts", "unsafe, safe", "AUROC, all safe", "AUROC, look-alikes", "unsafe told at 5% of these")
+    heads = ("share of train prompts", "unsafe, safe", "AUROC, all safe", "AUROC, look-alikes", "unsafe told at 5%")
     print(f"| {' | '.join(heads)} |\n|{' --- |' * len(heads)}")
     for share in options.shares:
         rows = [measured(found, share, np.random.default_rng(draw)) for draw in range(1 if share == 1 else 8)]
