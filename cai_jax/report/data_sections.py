@@ -208,6 +208,7 @@ def preferences(run: Run, titles: dict[str, str]) -> list:
                 ("kept for training", _kept(summary)),
                 ("same choice in both orders", percent(summary.get("consistent_share"))),
                 ("chose the first shown", percent(summary.get("first_position_share"))),
+                *_declining(summary.get("declining") or {}),
             ]
         ),
         endpoint(run.stages["preferences"]),
@@ -239,6 +240,17 @@ def preferences(run: Run, titles: dict[str, str]) -> list:
             ),
             class_="figures",
         ),
+    ]
+
+
+def _declining(found: dict) -> list[tuple]:
+    """What labels say where one of two responses declines: it should be preferred to unsafe prompts alone."""
+    titles = {"red_team": "unsafe prompts: label for the response that declines",
+              "helpful": "helpful prompts: the same, which should be few"}  # fmt: skip
+    return [
+        (title, f"{percent(found[name]['value'])} of {count(found[name]['n'])} such pairs")
+        for name, title in titles.items()
+        if (found.get(name) or {}).get("n")
     ]
 
 

@@ -25,6 +25,8 @@ from cai_jax.sampler import several
 from cai_jax.stages import labelling
 from cai_jax.stages.critique_revision import count_flags
 from cai_jax.stages.rows import make_rows, mean, messages_of, sample_dict, unfinished, usable_prompts, watch
+from cai_jax.statistics import grouped_share, wilson_interval
+from cai_jax.text_metrics import classify_response
 
 STAGE = "preferences"
 PROMPTS = ("red_team", "helpful")
@@ -196,6 +198,7 @@ def _summary(context, pairs, labelers, opinions, rows, skipped) -> dict:
         "skipped": skipped + _unlabelled(pairs, rows, opinions),
         "counters": counters,
         "labelers": found,
+        "declining": _declining(context, labelled),
         "agreement": agreement({name: [opinion.logit for opinion in of] for name, of in opinions.items()}),
         "filters": filters.counts(reasons, settings.filters),
         "consistent_share": mean(row["consistent"] for row in ordered),
@@ -223,6 +226,25 @@ def _of_labeler(labeler, found, temperature) -> dict:
         "consistent_share": mean((ab > 0) == (ba > 0) for ab, ba in orders),
         "first_position_share": mean(first for ab, ba in orders for first in (ab > 0, ba < 0)),
     }
+
+
+def _declining(context, labelled) -> dict:
+    """By prompt set: of the pairs of which one response declines and one does not, how many labels are for the former.
+
+    It should be many where prompts are unsafe and few where they are safe; else the labels teach too little refusal or
+    too much.
+    """
+    found = {}
+    for name in PROMPTS:
+        ids = {prompt.id for prompt in context.prompts[name].rows}
+        choices, prompts = [], []
+        for row in (row for row in labelled if row["prompt_id"] in ids):
+            declines = [classify_response(row[side]["text"]) == "refusal" for side in ("response_a", "response_b")]
+            if declines[0] != declines[1] and not row["tie"]:
+                choices.append(declines[0] == (row["probability_a"] > 0.5))
+                prompts.append(row["prompt_id"])
+        found[name] = grouped_share(choices, prompts) if choices else wilson_interval(0, 0)
+    return found
 
 
 def _unlabelled(pairs, rows, opinions) -> list[dict]:
