@@ -31,8 +31,8 @@ def config() -> c.Config:
             epochs=3, batch_size=4, sequence_length=256, helpful=answer, rows_per_shard=48,
             optimizer=c.Optimizer(learning_rate=5e-4), checkpoint_every=8,
         ),
-        # The one labeler of a judge this small that beats a coin, by little (docs/learning.md). Where another machine's
-        # rounding puts it below the gate the demo goes on all the same, and the report says so first.
+        # The one labeler of a judge this small that beats a coin (docs/learning.md). Where another machine's rounding
+        # puts it below the gate the demo goes on all the same, and the report says so first.
         judge=c.Judge(on_failure="continue", pleas=4),
         preferences=c.Preferences(labelers=("examples",), matched=True, response=rollout, rows_per_shard=48),
         reward_model=c.RewardModel(
