@@ -67,9 +67,17 @@ def parse_mixer(mixer: Sequence[str]) -> dict[str, float]:
 
 
 def draw(ids: Sequence[str], fraction: float, seed: int, source: str, use: str = "sft.mixer") -> set[str]:
-    """The ids that are taken of a set: of n, round(fraction * n), one at least; more of them as the fraction grows."""
+    """The ids that are taken of a set, `taken` of them; more of the same ones as the fraction grows.
+
+    `use` keeps the draws of one stage apart from those of another.
+    """
     order = sorted(ids, key=lambda row_id: row_seed(seed, use, source, row_id))
-    return set(order[: max(1, round(fraction * len(order)))])
+    return set(order[: taken(fraction, len(order))])
+
+
+def taken(fraction: float, count: int) -> int:
+    """How many of a set of `count` a fraction is: one at least."""
+    return max(1, round(fraction * count))
 
 
 def load_conversations(source: str, evaluation: Mapping[str, PromptRows]) -> Conversations:

@@ -4,7 +4,7 @@ A small model that cannot say which response keeps a principle still takes up th
 read. Like `contrast` this compares log-probs of the responses themselves under two contexts; here the better one shows
 good answers in place of asking for them, so nothing need be understood of a principle's wording. Where the constitution
 has worked answers of two aims, those of the other aim are the second context: against none, whatever is short and
-written in their manner gains, a refusal of a harmless request too (docs/learning.md).
+written in their manner gains, a refusal of a harmless request too (docs/results.md).
 """
 
 from collections.abc import Callable, Sequence

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from math import ceil, comb
 
+from cai_jax.conversation_sets import taken
 from cai_jax.labelers.pleading import PLEAS
 from cai_jax.models import lora
 from cai_jax.plan.arithmetic import Batch
@@ -86,7 +87,7 @@ def _pairs(run: Run) -> int:
 def _asked(run: Run) -> int:
     """How many prompts `preferences` takes."""
     share = run.config.preferences.share
-    return sum(max(1, round(share * run.workload.rows(name))) for name in ("red_team", "helpful"))
+    return sum(taken(share, run.workload.rows(name)) for name in ("red_team", "helpful"))
 
 
 def _preferences(run: Run) -> list[Program]:
