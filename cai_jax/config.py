@@ -74,11 +74,16 @@ class Sft:
 
     mixer: tuple[str, ...] = ()  # SET=FRACTION of revisions, helpful, sets of conversations; (): all of the first two
     drop: tuple[str, ...] = NO_REVISIONS  # revisions that are not learnt from, by the flags of their rounds
+    least_ratio: float = 0.0  # of several draws: how much likelier a token of the chosen one must have become, in nats,
+    # by the worked answers by which it was chosen
     epochs: int = 1
     batch_size: int = 8  # packed sequences a step
     microbatches: int = 1
     sequence_length: int = 512
     helpful: Sampling = Sampling(max_new_tokens=128)
+    # At each token of its own helpful answers the model learns, times this, the KL from the distribution that it had;
+    # 0: the token that was drawn, as any other.
+    anchor: float = 0.0
     rows_per_shard: int = 64
     optimizer: Optimizer = Optimizer(learning_rate=1e-5)
     checkpoint_every: int = 50  # steps

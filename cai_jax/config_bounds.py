@@ -113,6 +113,8 @@ BOUNDS = {
         "batch_size": _at_least(1),
         "microbatches": _at_least(1),
         "sequence_length": _at_least(2),
+        "least_ratio": _at_least(0),
+        "anchor": _at_least(0),
         "rows_per_shard": _at_least(1),
         "checkpoint_every": _at_least(1),
     },

@@ -6,6 +6,7 @@ Batches are dicts of arrays with rows first; what is in them stands with each bu
 
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 
 from cai_jax.models.families import ModelConfig
@@ -17,23 +18,36 @@ from . import dpo, grpo, pairwise, ppo, sft
 from .logprobs import masked_fill, masked_sum, token_logprobs
 
 
-def sft_objective(config: ModelConfig, compute_dtype="float32", remat="none", attention="auto"):
+def sft_objective(config: ModelConfig, compute_dtype="float32", remat="none", attention="auto", anchor=0.0):
     """Negative log-likelihood of completion tokens in packed rows.
 
     Batch: `tokens`, `positions`, `segments`, `targets` (1 at completion tokens), `[B, T]` each; see `batches.Packing`.
     The weight is the number of completion tokens.
+
+    With an `anchor` above 0, `params` are `{"policy": ..., "reference": ...}`, and completion tokens that `targets`
+    marks with 2 count `anchor` times the KL from the reference's distribution instead (`sft.anchored_sum`); the metric
+    `anchor_kl` is this KL in nats, a mean over all completion tokens, as the loss is.
     """
 
-    def objective(params, batch):
-        hidden_BTD = hidden_states(
+    def hidden_of(params, batch):
+        return hidden_states(
             config, params, batch["tokens"], batch["positions"], batch["segments"], remat, attention,
             prefix_segment=False, dtype=compute_dtype,
         )  # fmt: skip
-        next_BT, counts_BT = (jnp.roll(batch[name], -1, axis=1) for name in ("tokens", "targets"))
-        counts_BT = counts_BT.at[:, -1].set(0)  # the last position predicts nothing
+
+    def objective(params, batch):
+        policy = params["policy"] if anchor else params
+        next_BT, marks_BT = (jnp.roll(batch[name], -1, axis=1) for name in ("tokens", "targets"))
+        marks_BT = marks_BT.at[:, -1].set(0)  # the last position predicts nothing
         head = partial(_logits, config, compute_dtype)
-        loss = sft.nll_sum(head, head_weights(config, params), hidden_BTD, next_BT, counts_BT)
-        return loss, jnp.sum(counts_BT > 0, dtype=jnp.float32), {}
+        arrays = head, head_weights(config, policy), hidden_of(policy, batch), next_BT, marks_BT
+        count = jnp.sum(marks_BT > 0, dtype=jnp.float32)
+        if not anchor:
+            return sft.nll_sum(*arrays), count, {}
+        start = jax.lax.stop_gradient(params["reference"])
+        reference = head_weights(config, start), hidden_of(start, batch)
+        loss, kl = sft.anchored_sum(*arrays, reference, anchor)
+        return loss, count, {"anchor_kl": kl}
 
     return objective
 

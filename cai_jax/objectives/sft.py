@@ -1,4 +1,4 @@
-"""Fine-tuning: negative log-likelihood of the tokens that the mask marks."""
+"""Fine-tuning: negative log-likelihood of the tokens that the mask marks, and KL to a reference where it says so."""
 
 from functools import partial
 
@@ -32,7 +32,6 @@ def token_loss_sums(logprobs_BT, mask_BT):
     return -total, count
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 5))
 def nll_sum(head, weights, hidden_BTD, targets_BT, mask_BT, chunk: int = CHUNK):
     """Sum of -log softmax(head(weights, hidden))[target] over the masked positions, a float32 scalar.
 
@@ -46,38 +45,76 @@ def nll_sum(head, weights, hidden_BTD, targets_BT, mask_BT, chunk: int = CHUNK):
       hidden_BTD, targets_BT, chunk: see logprobs.token_logprobs.
       mask_BT: true or 1 where a token counts.
     """
-    slabs = [to_slabs(x, chunk) for x in (hidden_BTD, targets_BT, mask_BT)]
-    losses = jax.lax.map(lambda slab: _slab_nll(head, weights, *slab), slabs)
-    return losses.sum()
+    return _slab_sum(partial(_nll, head), weights, hidden_BTD, (targets_BT, mask_BT), (), chunk)[0]
 
 
-def _slab_nll(head, weights, hidden, targets, mask):
+def anchored_sum(head, weights, hidden_BTD, targets_BT, mask_BT, reference, coef: float, chunk: int = CHUNK):
+    """As `nll_sum` where the mask is 1; where it is 2, `coef` times the KL from a reference model's distribution.
+
+    A sampled token is one draw of its distribution; the KL is the mean over all draws, so it has none of their noise,
+    and its gradient is zero where the model still is the reference (Hinton et al. 2015, arXiv 1503.02531, section 2, at
+    temperature 1).
+
+    Args:
+      reference: (weights, hidden_BTD) of the reference model, from which no gradient is taken.
+
+    Returns:
+      The loss and, without gradient, the summed KL of the positions marked 2, in nats, without `coef`.
+    """
+    reference_weights, reference_BTD = reference
+    arrays = targets_BT, mask_BT, reference_BTD
+    return _slab_sum(partial(_nll_and_kl, head, coef), weights, hidden_BTD, arrays, reference_weights, chunk)
+
+
+def _nll(head, weights, hidden, fixed, targets, mask):
     logits = head(weights, hidden)
-    return token_loss_sums(logits_of(targets, logits) - jax.nn.logsumexp(logits, axis=-1), mask)[0]
+    return token_loss_sums(logits_of(targets, logits) - jax.nn.logsumexp(logits, axis=-1), mask)[0], jnp.float32(0)
 
 
-def _nll_forward(head, weights, hidden_BTD, targets_BT, mask_BT, chunk):
+def _nll_and_kl(head, coef, weights, hidden, reference_weights, targets, mask, reference_hidden):
+    logits = head(weights, hidden)
+    normalizer = jax.nn.logsumexp(logits, axis=-1)
+    nll = token_loss_sums(logits_of(targets, logits) - normalizer, mask == 1)[0]
+    wanted = jax.nn.log_softmax(head(reference_weights, reference_hidden))
+    kl = (jnp.exp(wanted) * (wanted - logits)).sum(-1) + normalizer
+    kl, _ = masked_sum(kl, mask == 2)
+    return nll + coef * kl, kl
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 5))
+def _slab_sum(slab_loss, weights, hidden_BTD, arrays, fixed, chunk):
+    """The sums of `slab_loss(weights, hidden, fixed, *arrays) -> (loss, metric)` over slabs of positions.
+
+    Only the loss, and of it only `weights` and `hidden_BTD`, have a gradient.
+    """
+    hidden, *slabs = [to_slabs(x, chunk) for x in (hidden_BTD, *arrays)]
+    losses, metrics = jax.lax.map(lambda slab: slab_loss(weights, slab[0], fixed, *slab[1:]), (hidden, *slabs))
+    return losses.sum(), metrics.sum()
+
+
+def _slab_sum_forward(slab_loss, weights, hidden_BTD, arrays, fixed, chunk):
     trained = any(leaf.perturbed for leaf in jax.tree.leaves(weights, is_leaf=_is_primal))
-    weights = jax.tree.map(lambda leaf: leaf.value, weights, is_leaf=_is_primal)
-    hidden_BTD = hidden_BTD.value
-    slabs = [to_slabs(x, chunk) for x in (hidden_BTD, targets_BT.value, mask_BT.value)]
-    differentiate = jax.value_and_grad(partial(_slab_nll, head), argnums=(0, 1) if trained else (1,))
+    weights, hidden_BTD, arrays, fixed = jax.tree.map(
+        lambda leaf: leaf.value, (weights, hidden_BTD, arrays, fixed), is_leaf=_is_primal
+    )
+    slabs = [to_slabs(x, chunk) for x in (hidden_BTD, *arrays)]
+    differentiate = jax.value_and_grad(slab_loss, argnums=(0, 1) if trained else (1,), has_aux=True)
 
     def add(total, slab):
-        loss, (*of_weights, of_hidden) = differentiate(weights, *slab)
-        more = loss, *(jax.tree.map(as_float, tree) for tree in of_weights)
-        total = jax.tree.map(jnp.add, total, more)
-        return (total[0], *map(by_table, total[1:])), of_hidden
+        hidden, *others = slab
+        sums, (*of_weights, of_hidden) = differentiate(weights, hidden, fixed, *others)
+        total = jax.tree.map(jnp.add, total, (sums, [jax.tree.map(as_float, tree) for tree in of_weights]))
+        return (total[0], [by_table(tree) for tree in total[1]]), of_hidden
 
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, as_float(leaf).dtype), weights)
-    start = jnp.zeros((), jnp.float32), *([by_table(zeros)] if trained else [])
-    (loss, *of_weights), of_hidden = jax.lax.scan(add, start, slabs)
+    start = (jnp.float32(0), jnp.float32(0)), [by_table(zeros)] if trained else []
+    (sums, of_weights), of_hidden = jax.lax.scan(add, start, slabs)
     of_weights = jax.tree.map(lambda x, leaf: x.astype(leaf.dtype), of_weights[0], weights) if trained else None
-    return loss, (of_weights, from_slabs(of_hidden, hidden_BTD.shape[1]))
+    return sums, (of_weights, from_slabs(of_hidden, hidden_BTD.shape[1]))
 
 
-def _nll_backward(head, chunk, gradients, scale):
-    scaled = jax.tree.map(lambda x: (x * scale).astype(x.dtype), gradients)
+def _slab_sum_backward(slab_loss, chunk, gradients, scales):
+    scaled = jax.tree.map(lambda x: (x * scales[0]).astype(x.dtype), gradients)
     return *scaled, None, None
 
 
@@ -85,4 +122,4 @@ def _is_primal(leaf):
     return hasattr(leaf, "perturbed")
 
 
-nll_sum.defvjp(_nll_forward, _nll_backward, symbolic_zeros=True)
+_slab_sum.defvjp(_slab_sum_forward, _slab_sum_backward, symbolic_zeros=True)

@@ -11,6 +11,7 @@ from cai_jax.plan.programs import SCORING, TRAINING, Program, Run, int32, size
 from cai_jax.sampler.engine import bucket
 from cai_jax.stages import rewards, scoring
 from cai_jax.stages.rollouts import rows_of_pass
+from cai_jax.stages.training import parts
 from cai_jax.training.step import make_optimizer, make_schedule, make_train_step, split
 
 
@@ -71,25 +72,32 @@ def reward_program(run: Run, stage: str, model, length: int, resident: int, text
     )  # fmt: skip
 
 
-def train_program(run: Run, stage, objective, params, settings, steps, batch, resident, passes) -> Program:
+def train_program(
+    run: Run, stage, objective, params, settings, steps, batch, resident, passes, reference=None
+) -> Program:  # fmt: skip
     """A train step. `passes`: models that it trains, each with the batch that goes through it.
 
-    `resident` are the models as they were loaded: with adapters the step is handed them, without it has a copy.
+    `resident` are the models as they were loaded: with adapters the step is handed them, without it has a copy. Of a
+    `reference` model, which is one of them, the step runs a forward pass on what goes through the first of `passes`.
     """
     model, microbatches = run.config.model, settings.microbatches
     schedule = make_schedule(settings.optimizer, max(1, steps))
     optimizer = make_optimizer(settings.optimizer, schedule)
     params = run.adapted(params)
-    trained, kept = split(params, lora.trainable(params))
+    trained, kept = parts(params, reference)
     state = run.train_state(trained, optimizer)
     shapes = tuple((name, leaf.shape, str(leaf.dtype)) for name, leaf in batch.items())
     models, count = tuple(config for config, _ in passes), sum(leaf.size for leaf in jax.tree.leaves(trained))
-    key = run.key(f"{stage} train step", models, shapes, microbatches, model, run.config.lora)
+    anchored = reference is not None
+    shared = size(kept["policy"]) if anchored else 0  # what adapters stand on is the reference itself
+    key = run.key(f"{stage} train step", models, shapes, microbatches, model, run.config.lora, anchored)
     sizes = [
         (config, run.mesh, whole, microbatches, model.remat, run.itemsize, count // len(passes))
         for config, whole in passes
     ]
     work = [arithmetic.training_work(*each) for each in sizes]
+    if anchored:
+        work.append(arithmetic.forward_work(passes[0][0], run.mesh, passes[0][1], run.itemsize))
     temporaries = [arithmetic.training_temporaries(*each) for each in sizes]
 
     def lower():
@@ -97,5 +105,5 @@ def train_program(run: Run, stage, objective, params, settings, steps, batch, re
 
     return Program(
         stage, "train step", TRAINING, key, lower, size(state, batch, kept), 0, sum(temporaries),
-        resident - size(kept), sum(work, Work()), steps, passes[0][1].rows * passes[0][1].length,
+        resident - size(kept) + shared, sum(work, Work()), steps, passes[0][1].rows * passes[0][1].length, shared,
     )  # fmt: skip

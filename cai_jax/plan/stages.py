@@ -72,9 +72,10 @@ def _sft(run: Run) -> list[Program]:
     steps = settings.epochs * ceil(tokens / settings.sequence_length / settings.batch_size)
     shape = settings.batch_size, settings.sequence_length
     batch = run.rows({name: int32(*shape) for name in ("tokens", "positions", "segments", "targets")})
+    work = [(model, Batch(*shape, settings.sequence_length))]
     train = train_program(
-        run, "sft", sft.objective(run.config, model), base, settings, steps, batch, size(base),
-        [(model, Batch(*shape, settings.sequence_length))],
+        run, "sft", sft.objective(run.config, model, settings.anchor), base, settings, steps, batch, size(base), work,
+        reference=base if settings.anchor else None,
     )  # fmt: skip
     return [*sampler_programs(run, "sft", model, base, size(base), load), train]
 

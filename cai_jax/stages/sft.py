@@ -4,11 +4,12 @@
 """
 
 from array import array
+from dataclasses import replace
 
 from cai_jax.chat import completion_ids, encode_chat, encode_text, turn_end_id
 from cai_jax.conversation_sets import draw, parse_mixer
 from cai_jax.errors import UserError
-from cai_jax.models.flops import training_flops
+from cai_jax.models.flops import forward_flops, training_flops
 from cai_jax.objectives.model_losses import sft_objective
 from cai_jax.sampler import Generate
 from cai_jax.stages.rows import make_rows, messages_of, sample_dict, unfinished, usable_prompts, watch
@@ -17,13 +18,14 @@ from cai_jax.training.batches import Example, Packing
 from cai_jax.training.loop import mean_of
 
 STAGE = "sft"
+UNLIKE = "unlike_worked_answers"
 
 
 def run(context, folder) -> dict:
     """Sample the helpful answers, train, export `model/`; returns the summary of the stage."""
     settings = context.config.sft
     counters, skipped = {"empty_completion": 0, "truncated_completion": 0, "too_long": 0}, []
-    counters |= {f"dropped/{flag}": 0 for flag in settings.drop}
+    counters |= {f"dropped/{reason}": 0 for reason in (*settings.drop, UNLIKE)}
     kept, mixer = {}, parse_mixer(settings.mixer)
     if "revisions" in mixer:
         kept["revisions"] = _revisions(context, counters, skipped)
@@ -31,7 +33,8 @@ def run(context, folder) -> dict:
         samples, unusable = _helpful_samples(context, folder, mixer["helpful"])
         skipped = unusable + skipped
         helpful = [(row["id"], row["messages"], row["response"]) for row in samples]
-        kept["helpful"] = _examples(context, helpful, counters, skipped)
+        examples = _examples(context, helpful, counters, skipped)
+        kept["helpful"] = [replace(example, anchor=settings.anchor > 0) for example in examples]
     for source, rows in context.mixed.items():
         skipped += rows.skipped
         kept[source] = _examples(context, _turns(context, rows, mixer[source], source), counters, skipped)
@@ -39,11 +42,15 @@ def run(context, folder) -> dict:
     if not len(packing):
         raise UserError(f"sft: no example of {', '.join(kept)} can be used: {counters['empty_completion']} completions "
                         f"are empty and {counters['too_long']} exceed sft.sequence_length: raise that")
-    loss = objective(context.config, context.base.config)
+    loss = objective(context.config, context.base.config, settings.anchor)
     flops = training_flops(context.base.config, 1, packing.mean_length, frozen=context.config.lora.rank > 0)
+    if settings.anchor:
+        flops += forward_flops(context.base.config, 1, packing.mean_length)
+    start = context.base.params
     params, metrics = train(
-        context, folder, settings, loss, context.base.params, packing, report_tokens, flops, mean_of("loss", -1)
-    )
+        context, folder, settings, loss, start, packing, report_tokens, flops, mean_of("loss", -1),
+        reference=start if settings.anchor else None,
+    )  # fmt: skip
     context.export(folder, context.base, params, "policy")
     return {
         "examples": {name: len(examples) for name, examples in kept.items()},
@@ -58,7 +65,7 @@ def run(context, folder) -> dict:
 
 
 def _revisions(context, counters, skipped) -> list[Example]:
-    """The revisions of every round that `sft.drop` leaves; UserError where not one can be used, before any compute."""
+    """The revisions of every round that `sft.drop` and `sft.least_ratio` leave; UserError where not one can be used."""
     rows = {}
     for row in context.folder("critique_revision").read_shards():
         for entry in row["rounds"]:
@@ -66,13 +73,15 @@ def _revisions(context, counters, skipped) -> list[Example]:
                 raise UserError(f"sft.drop: the rows of critique_revision have no flag {min(unknown)}, as an earlier "
                                 "version made them; --fresh --stages=critique_revision makes them again")
             row_id = f"{row['id']}/round-{entry['round']}"
-            if reasons := [flag for flag in context.config.sft.drop if entry["flags"][flag]]:
+            reasons = [flag for flag in context.config.sft.drop if entry["flags"][flag]]
+            if reasons := reasons or [UNLIKE] * _unlike(entry, context.config.sft.least_ratio):
                 counters[f"dropped/{reasons[0]}"] += 1
                 skipped.append({"id": row_id, "reason": reasons[0].replace("_", " ")})
             else:
                 rows[row_id] = row["messages"], entry["revision"]
     if not rows:
-        raise UserError(f"sft: sft.drop ({', '.join(context.config.sft.drop)}) leaves no revision; drop less, or see "
+        raise UserError(f"sft: sft.drop ({', '.join(context.config.sft.drop)}) and sft.least_ratio "
+                        f"({context.config.sft.least_ratio:g}) leave no revision; drop less, or see "
                         "critique_revision/summary.json for what the revisions are")
     drawn = draw(list(rows), parse_mixer(context.config.sft.mixer)["revisions"], context.config.seed, "revisions")
     revisions = [(row_id, *row) for row_id, row in rows.items() if row_id in drawn]
@@ -83,6 +92,12 @@ def _revisions(context, counters, skipped) -> list[Example]:
             f"{counters['too_long']} exceed sft.sequence_length: raise that, or see critique_revision/summary.json"
         )
     return examples
+
+
+def _unlike(entry, least: float) -> bool:
+    """Whether worked answers made the draw that became the revision likelier by less than `least`."""
+    draw = entry["draws"][entry["chosen"]]
+    return draw["rated"] and draw["ratio"] < least
 
 
 def _turns(context, conversations, fraction, source):
@@ -158,7 +173,7 @@ def report_tokens(metrics) -> dict:
     return {("tokens" if name == "weight" else name): value for name, value in metrics.items()}
 
 
-def objective(config, model):
-    """What the train step minimises, for a run's `Config` and a ModelConfig."""
+def objective(config, model, anchor=0.0):
+    """What the train step minimises, for a run's `Config` and a ModelConfig; for `anchor` see `sft_objective`."""
     shape = config.model
-    return sft_objective(model, shape.compute_dtype, shape.remat, shape.attention)
+    return sft_objective(model, shape.compute_dtype, shape.remat, shape.attention, anchor)

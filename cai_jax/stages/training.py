@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 
+import jax
+
 from cai_jax.models.lora import trainable
 from cai_jax.training import loop
 from cai_jax.training.batches import Packing, Rows, batch_rows, steps_per_epoch
@@ -19,17 +21,19 @@ def train(
     flops_per_token: float,
     quality: Callable,
     donate: bool = False,
+    reference=None,
 ):
     """Train `params` on an objective for the epochs of a stage's `settings`.
 
     Rows of `source` are drawn in batches; `report(metrics) -> metrics` names what is logged of a step. Where the config
     asks for the best state, `quality(params, lines) -> float` judges it. With `donate` the arrays of `params` that are
-    to train go into the state and are gone from `params`. Returns the trained params, in the form that they have in the
-    train state, and the lines of metrics.
+    to train go into the state and are gone from `params`. Where there are params of a `reference`, which do not train,
+    the objective is given both, as `policy` and `reference`. Returns the trained params, in the form that they have in
+    the train state, and the lines of metrics.
     """
     total = settings.epochs * steps_per_epoch(len(source), settings.batch_size)
     params = context.adapted(params, folder.stage)
-    trained, frozen = split(params, trainable(params))
+    trained, frozen = parts(params, reference)
     state, step = start_training(
         objective, trained, settings.optimizer, total, context.mesh, settings.microbatches, frozen, donate
     )
@@ -47,4 +51,16 @@ def train(
     state = loop.run(
         state, advance, total, checkpoints, metrics_log, context.progress, folder.stage, "step", context.quality(judge)
     )
-    return join(state.params, frozen), metrics_log.read()
+    params = join(state.params, frozen)
+    return params if reference is None else params["policy"], metrics_log.read()
+
+
+def parts(params, reference=None):
+    """What of `params` trains and what is frozen, as `step.split` gives it; a `reference` model beside them is frozen.
+
+    With one, `step.join` of the two gives `{"policy": params, "reference": reference}`.
+    """
+    if reference is None:
+        return split(params, trainable(params))
+    trains = {"policy": trainable(params), "reference": jax.tree.map(lambda _: False, reference)}
+    return split({"policy": params, "reference": reference}, trains)

@@ -16,11 +16,13 @@ PART = 500  # sizes that are packed together where that costs their square
 class Example:
     """A prompt and the completion to learn, as token ids; the completion ends with the end-of-turn token.
 
-    Both are sequences of one kind: tuples, or arrays of the `array` module, which take four bytes a token.
+    Both are sequences of one kind: tuples, or arrays of the `array` module, which take four bytes a token. An anchor
+    is a completion where the model is to stay as it was.
     """
 
     prompt: Sequence[int]
     completion: Sequence[int]
+    anchor: bool = False
 
     def __len__(self):
         return len(self.prompt) + len(self.completion)
@@ -67,7 +69,7 @@ class Packing:
         """The named rows; row -1 is an empty one.
 
         Returns `tokens`, `positions` (from 0 in each example, -1 in pads), `segments` (from 1 in each row, 0 in
-        pads) and `targets` (1 where the token is part of a completion), all `[rows, length]` int32.
+        pads) and `targets` (where the token is part of a completion 1, of an anchor's 2), all `[rows, length]` int32.
         """
         names = ("tokens", "positions", "segments", "targets")
         packed = {name: np.zeros((len(rows), self.length), np.int32) for name in names}
@@ -79,7 +81,7 @@ class Packing:
                 packed["tokens"][place, start:end] = example.prompt + example.completion
                 packed["positions"][place, start:end] = np.arange(len(example))
                 packed["segments"][place, start:end] = segment
-                packed["targets"][place, start + len(example.prompt) : end] = 1
+                packed["targets"][place, start + len(example.prompt) : end] = 1 + example.anchor
                 start = end
         return packed
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cai_jax.objectives.logprobs import token_logprobs
-from cai_jax.objectives.sft import nll_sum, token_loss_sums
+from cai_jax.objectives.sft import anchored_sum, nll_sum, token_loss_sums
 
 B, T, D, V = 3, 7, 4, 11
 
@@ -67,3 +67,60 @@ def test_masked_positions_have_no_gradient():
     mask[0] = 0
     of_hidden = jax.grad(nll_sum, argnums=2)(head, weights, hidden, targets, mask, 6)
     assert (np.asarray(of_hidden)[mask == 0] == 0).all() and (np.asarray(of_hidden)[mask > 0] != 0).any()
+
+
+def reference_of(weights, hidden):
+    rng = np.random.default_rng(1)
+    return jax.tree.map(lambda x: x + jnp.asarray(rng.standard_normal(x.shape), x.dtype), (weights, hidden))
+
+
+@pytest.mark.parametrize("chunk", [1, 6, 1000])
+def test_an_anchor_is_the_kl_of_whole_distributions(chunk):
+    weights, hidden, targets, mask = arrays()
+    marks = np.random.default_rng(2).integers(0, 3, (B, T))
+    reference = reference_of(weights, hidden)
+    wanted = jax.nn.log_softmax(head(*reference))
+
+    def plain(weights, hidden):
+        logprobs = jax.nn.log_softmax(head(weights, hidden))
+        nll = -jnp.take_along_axis(logprobs, targets[..., None], axis=-1)[..., 0]
+        kl = (jnp.exp(wanted) * (wanted - logprobs)).sum(-1)
+        return jnp.sum(nll * (marks == 1)) + 0.7 * jnp.sum(kl * (marks == 2)), jnp.sum(kl * (marks == 2))
+
+    def ours(weights, hidden):
+        return anchored_sum(head, weights, hidden, targets, marks, reference, 0.7, chunk)
+
+    want, want_gradients = jax.value_and_grad(plain, argnums=(0, 1), has_aux=True)(weights, hidden)
+    got, gradients = jax.jit(jax.value_and_grad(ours, argnums=(0, 1), has_aux=True))(weights, hidden)
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(want_gradients), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_an_anchor_pulls_nowhere_from_the_reference_itself():
+    """A drawn token would: its gradient is zero only on average over draws."""
+    weights, hidden, targets, _ = arrays()
+
+    def loss(weights, hidden, marks):
+        return anchored_sum(head, weights, hidden, targets, marks, (weights, hidden), 3.0)
+
+    marks = np.full((B, T), 2)
+    gradients, kl = jax.grad(loss, argnums=(0, 1), has_aux=True)(weights, hidden, marks)
+    assert abs(kl) < 1e-5 and all(np.abs(leaf).max() < 1e-5 for leaf in jax.tree.leaves(gradients))
+    drawn, _ = jax.grad(loss, argnums=(0, 1), has_aux=True)(weights, hidden, marks - 1)
+    assert all(np.abs(leaf).max() > 0.1 for leaf in jax.tree.leaves(drawn))
+
+
+def test_the_gradient_of_an_anchor_is_the_mean_over_drawn_tokens():
+    weights, hidden, _, _ = arrays()
+    reference = reference_of(weights, hidden)
+    chances = np.asarray(jax.nn.softmax(head(*reference)))
+    ones = np.ones((B, T), int)
+
+    def of_token(token):
+        gradient = jax.grad(nll_sum, argnums=2)(head, weights, hidden, ones * token, ones)
+        return gradient * chances[..., token, None]
+
+    mean = sum(of_token(token) for token in range(V))
+    of_kl = jax.grad(lambda h: anchored_sum(head, weights, h, ones, 2 * ones, reference, 1.0)[0])(hidden)
+    np.testing.assert_allclose(of_kl, mean, atol=1e-5)

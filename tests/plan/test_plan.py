@@ -242,6 +242,18 @@ def test_adapters_share_what_stays_frozen():
     assert prepare.program.resident + prepare.memory.arguments == pytest.approx(held, rel=0.01)
 
 
+@pytest.mark.parametrize("name", ["sft_7b", "sft_7b_lora"])
+def test_an_anchor_costs_a_forward_pass_and_no_copy_of_the_model(name):
+    config = apply_overrides(load_config(name)[1], ["model.remat=none"])
+    plain, anchored = (
+        line(make_plan(apply_overrides(config, [f"sft.anchor={anchor}"]), H100, ARITHMETIC), "train step")
+        for anchor in (0, 1)
+    )
+    assert anchored.total == pytest.approx(plain.total, rel=0.01)
+    added = anchored.program.work.flops / plain.program.work.flops - 1
+    assert added == pytest.approx(1 / 2 if config.lora.rank else 1 / 3, rel=0.3)
+
+
 @pytest.mark.parametrize("dtype, share", [("bfloat16", 1 / 2), ("int8", 0.26)])
 def test_smaller_frozen_models(ppo, plan, dtype, share):
     smaller = make_plan(apply_overrides(ppo, [f"ppo.frozen_dtype={dtype}"]), H100, ARITHMETIC)

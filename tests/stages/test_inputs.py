@@ -279,6 +279,7 @@ def sft_context(tmp_path, *revisions):
         {"id": f"rt-{n}", "messages": messages, "rounds": [{
             "round": 1, "revision": revision,
             "flags": {flag: flag == revision.get("flagged") for flag in ROUND_FLAGS},
+            "chosen": 0, "draws": [{"rated": "ratio" in revision, "ratio": revision.get("ratio", 0.0)}],
         }]}
         for n, revision in enumerate(revisions)
     ])  # fmt: skip
@@ -335,8 +336,19 @@ def test_what_is_no_revision_is_dropped_by_name(tmp_path):
     examples = sft._revisions(sft_context(tmp_path, *flagged), counters, skipped)
     assert len(examples) == 2 and counters["dropped/revision_unchanged"] == 1
     assert skipped == [{"id": "rt-0/round-1", "reason": "revision unchanged"}]
-    with pytest.raises(UserError, match="sft: sft.drop .revision_unchanged, .* leaves no revision"):
+    with pytest.raises(UserError, match="sft: sft.drop .revision_unchanged, .* and sft.least_ratio .0. leave no rev"):
         sft._revisions(sft_context(tmp_path / "none", flagged[0]), counters, skipped)
+
+
+def test_a_revision_that_worked_answers_make_no_likelier_is_dropped_where_it_was_rated(tmp_path):
+    counters, skipped = Counter(), []
+    context = sft_context(tmp_path, *[completion() | {"ratio": ratio} for ratio in (-0.1, 0.3, 0.9)], completion())
+    assert len(sft._revisions(context, counters, skipped)) == 3
+    assert skipped == [{"id": "rt-0/round-1", "reason": "unlike worked answers"}]
+    context.config = apply_overrides(context.config, ["sft.least_ratio=0.5"])
+    assert len(sft._revisions(context, counters, skipped)) == 2 and counters["dropped/unlike_worked_answers"] == 3
+    context.config = apply_overrides(context.config, ["sft.least_ratio=1"])
+    assert len(sft._revisions(context, Counter(), [])) == 1, "what was not rated stays"
 
 
 def test_nothing_is_sampled_or_trained_where_no_revision_can_be_used(tmp_path):

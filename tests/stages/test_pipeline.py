@@ -152,6 +152,22 @@ def test_adapters_run_through_all_stages_and_survive_a_kill(finished, tmp_path):
     assert_same_artifacts(whole, killed)
 
 
+@pytest.mark.parametrize("rank", [0, 4])
+def test_an_anchored_model_leaves_its_own_answers_as_they_were(finished, tmp_path, rank):
+    """The same steps with a strong anchor keep the model nearer to what it was than with none to speak of."""
+    flags = ("--stages=sft", f"--set=lora.rank={rank}", "--set=sft.epochs=3", "--set=sft.optimizer.learning_rate=3e-3")
+    drift = {}
+    for anchor in ("0.001", "30"):
+        run_dir = tmp_path / anchor
+        shutil.copytree(finished / "critique_revision", run_dir / "critique_revision")
+        result = launch(run_dir, *flags, f"--set=sft.anchor={anchor}")
+        assert result.returncode == 0, result.stderr
+        metrics = [json.loads(line) for line in open(run_dir / "sft" / "metrics.jsonl")]
+        assert metrics[0]["anchor_kl"] == pytest.approx(0, abs=1e-6), "it starts as the model that it is anchored to"
+        drift[anchor] = metrics[-1]["anchor_kl"]
+    assert 0 < drift["30"] < drift["0.001"] / 2
+
+
 def test_alternatives_learn_from_the_same_data_and_survive_a_kill(finished, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for run_dir in (whole, killed):
