@@ -80,6 +80,8 @@ class Sft:
     batch_size: int = 8  # packed sequences a step
     microbatches: int = 1
     sequence_length: int = 512
+    share_start: bool = False  # what all prompts begin with, as a system prompt, once a row: fewer tokens, but plain
+    # attention on accelerators
     helpful: Sampling = Sampling(max_new_tokens=128)
     # At each token of its own helpful answers the model learns, times this, the KL from the distribution that it had;
     # 0: the token that was drawn, as any other.

@@ -18,11 +18,13 @@ from . import dpo, grpo, pairwise, ppo, sft
 from .logprobs import masked_fill, masked_sum, token_logprobs
 
 
-def sft_objective(config: ModelConfig, compute_dtype="float32", remat="none", attention="auto", anchor=0.0):
+def sft_objective(
+    config: ModelConfig, compute_dtype="float32", remat="none", attention="auto", anchor=0.0, share_start=False
+):
     """Negative log-likelihood of completion tokens in packed rows.
 
-    Batch: `tokens`, `positions`, `segments`, `targets` (1 at completion tokens), `[B, T]` each; see `batches.Packing`.
-    The weight is the number of completion tokens.
+    Batch: `tokens`, `positions`, `segments`, `targets` (1 at completion tokens), `[B, T]` each; see `batches.Packing`,
+    also for `share_start`. The weight is the number of completion tokens.
 
     With an `anchor` above 0, `params` are `{"policy": ..., "reference": ...}`, and completion tokens that `targets`
     marks with 2 count `anchor` times the KL from the reference's distribution instead (`sft.anchored_sum`); the metric
@@ -32,7 +34,7 @@ def sft_objective(config: ModelConfig, compute_dtype="float32", remat="none", at
     def hidden_of(params, batch):
         return hidden_states(
             config, params, batch["tokens"], batch["positions"], batch["segments"], remat, attention,
-            prefix_segment=False, dtype=compute_dtype,
+            prefix_segment=share_start, dtype=compute_dtype,
         )  # fmt: skip
 
     def objective(params, batch):

@@ -73,10 +73,10 @@ def _sft(run: Run) -> list[Program]:
     shape = settings.batch_size, settings.sequence_length
     batch = run.rows({name: int32(*shape) for name in ("tokens", "positions", "segments", "targets")})
     work = [(model, Batch(*shape, settings.sequence_length))]
+    loss = sft.objective(run.config, model, settings.anchor, settings.share_start)
     train = train_program(
-        run, "sft", sft.objective(run.config, model, settings.anchor), base, settings, steps, batch, size(base), work,
-        reference=base if settings.anchor else None,
-    )  # fmt: skip
+        run, "sft", loss, base, settings, steps, batch, size(base), work, base if settings.anchor else None
+    )
     return [*sampler_programs(run, "sft", model, base, size(base), load), train]
 
 

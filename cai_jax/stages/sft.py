@@ -38,11 +38,12 @@ def run(context, folder) -> dict:
     for source, rows in context.mixed.items():
         skipped += rows.skipped
         kept[source] = _examples(context, _turns(context, rows, mixer[source], source), counters, skipped)
-    packing = Packing([example for examples in kept.values() for example in examples], settings.sequence_length)
+    examples = [example for examples in kept.values() for example in examples]
+    packing = Packing(examples, settings.sequence_length, settings.share_start)
     if not len(packing):
         raise UserError(f"sft: no example of {', '.join(kept)} can be used: {counters['empty_completion']} completions "
                         f"are empty and {counters['too_long']} exceed sft.sequence_length: raise that")
-    loss = objective(context.config, context.base.config, settings.anchor)
+    loss = objective(context.config, context.base.config, settings.anchor, settings.share_start)
     flops = training_flops(context.base.config, 1, packing.mean_length, frozen=context.config.lora.rank > 0)
     if settings.anchor:
         flops += forward_flops(context.base.config, 1, packing.mean_length)
@@ -173,7 +174,7 @@ def report_tokens(metrics) -> dict:
     return {("tokens" if name == "weight" else name): value for name, value in metrics.items()}
 
 
-def objective(config, model, anchor=0.0):
-    """What the train step minimises, for a run's `Config` and a ModelConfig; for `anchor` see `sft_objective`."""
+def objective(config, model, anchor=0.0, share_start=False):
+    """What the train step minimises, for a run's `Config` and a ModelConfig; for the others see `sft_objective`."""
     shape = config.model
-    return sft_objective(model, shape.compute_dtype, shape.remat, shape.attention, anchor)
+    return sft_objective(model, shape.compute_dtype, shape.remat, shape.attention, anchor, share_start)

@@ -31,19 +31,26 @@ class Example:
 class Packing:
     """Examples packed into few rows of `length` tokens; which go together depends on their lengths alone.
 
+    With `share_start` what all prompts begin with (a system prompt, as a rule) stands once in each row, before all.
     Only the plan is kept; `take` makes rows when they are asked for. Raises ValueError for an example longer than
     `length`.
     """
 
-    def __init__(self, examples: Sequence[Example], length: int):
+    def __init__(self, examples: Sequence[Example], length: int, share_start: bool = False):
         self.length = length
+        self.start = common_start([example.prompt for example in examples]) if share_start else ()
         order = sorted(examples, key=lambda e: (-len(e), e.prompt, e.completion))
         if order and len(order[0]) > length:
             raise ValueError(f"an example of {len(order[0])} tokens does not fit a sequence of {length}")
-        self.rows = [[order[i] for i in row] for row in bins_of([len(example) for example in order], length)]
+        bins = bins_of([self._own(example) for example in order], length - len(self.start))
+        self.rows = [[order[i] for i in row] for row in bins]
 
     def __len__(self):
         return len(self.rows)
+
+    def _own(self, example: Example) -> int:
+        """How many places of a row an example takes."""
+        return len(example) - len(self.start)
 
     @property
     def efficiency(self) -> float:
@@ -53,37 +60,52 @@ class Packing:
     @property
     def limit(self) -> float:
         """The efficiency that no packing of these examples can exceed."""
-        sizes = [len(example) for row in self.rows for example in row]
-        return sum(sizes) / (fewest_bins(sizes, self.length) * self.length)
+        sizes = [self._own(example) for row in self.rows for example in row]
+        fewest = fewest_bins(sizes, self.length - len(self.start))
+        return (sum(sizes) + fewest * len(self.start)) / (fewest * self.length)
 
     @property
     def mean_length(self) -> float:
         """Tokens of an example, on average: how far one sees another."""
-        return self.tokens(range(len(self))) / sum(map(len, self.rows))
+        lengths = [len(example) for row in self.rows for example in row]
+        return sum(lengths) / len(lengths)
 
     def tokens(self, rows: Iterable[int]) -> int:
         """How many tokens the named rows hold together; row -1 holds none."""
-        return sum(len(example) for row in rows if row >= 0 for example in self.rows[row])
+        return sum(len(self.start) + sum(map(self._own, self.rows[row])) for row in rows if row >= 0)
 
     def take(self, rows: Sequence[int]) -> dict[str, np.ndarray]:
         """The named rows; row -1 is an empty one.
 
-        Returns `tokens`, `positions` (from 0 in each example, -1 in pads), `segments` (from 1 in each row, 0 in
-        pads) and `targets` (where the token is part of a completion 1, of an anchor's 2), all `[rows, length]` int32.
+        Returns `tokens`, `positions` (from 0 in each example, -1 in pads), `segments` (from 1 in each row, 0 in pads
+        and in a shared start) and `targets` (where the token is part of a completion 1, of an anchor's 2), all
+        `[rows, length]` int32.
         """
         names = ("tokens", "positions", "segments", "targets")
         packed = {name: np.zeros((len(rows), self.length), np.int32) for name in names}
         packed["positions"] -= 1
+        shared = len(self.start)
         for place, row in enumerate(rows):
-            start = 0
+            if row >= 0:
+                packed["tokens"][place, :shared] = self.start
+                packed["positions"][place, :shared] = np.arange(shared)
+            start = shared
             for segment, example in enumerate(self.rows[row] if row >= 0 else (), 1):
-                end = start + len(example)
-                packed["tokens"][place, start:end] = example.prompt + example.completion
-                packed["positions"][place, start:end] = np.arange(len(example))
+                end = start + self._own(example)
+                packed["tokens"][place, start:end] = (example.prompt + example.completion)[shared:]
+                packed["positions"][place, start:end] = np.arange(shared, len(example))
                 packed["segments"][place, start:end] = segment
-                packed["targets"][place, start + len(example.prompt) : end] = 1 + example.anchor
+                packed["targets"][place, end - len(example.completion) : end] = 1 + example.anchor
                 start = end
         return packed
+
+
+def common_start(prompts: Sequence[Sequence[int]]) -> Sequence[int]:
+    """The tokens that all prompts begin with, short of the last token of each, which predicts its completion."""
+    shortest, longest = min(prompts, default=()), max(prompts, default=())  # what these two share all do
+    pairs = enumerate(zip(shortest, longest, strict=False))
+    same = next((i for i, (a, b) in pairs if a != b), min(len(shortest), len(longest)))
+    return shortest[: max(0, min([same, *(len(prompt) - 1 for prompt in prompts)]))]
 
 
 def bins_of(sizes: Sequence[int], length: int) -> list[list[int]]:

@@ -13,6 +13,7 @@ from cai_jax.training.batches import (
     batch_rows,
     best_fit,
     bins_of,
+    common_start,
     fewest_bins,
     right_padded,
     steps_per_epoch,
@@ -167,3 +168,29 @@ def test_empty_rows_hold_nothing():
     batch = take_rows({"tokens": tokens, "positions": positions}, np.array([1, -1]))
     assert batch["tokens"].tolist() == [[7, 0, 0, 0], [0, 0, 0, 0]]
     assert batch["positions"].tolist() == [[0, -1, -1, -1], [-1, -1, -1, -1]]
+
+
+def test_what_prompts_begin_with_stands_once_a_row():
+    examples = [Example((1, 2, 3, *range(10, 10 + n)), (4,) * n, n % 2 == 0) for n in range(1, 9)]
+    packing, plain = Packing(examples, 40, share_start=True), Packing(examples, 40)
+    rows = packing.take(range(len(packing)))
+    assert packing.start == (1, 2, 3) and len(packing) < len(plain)
+    assert (rows["tokens"][:, :3] == (1, 2, 3)).all() and (rows["positions"][:, :3] == (0, 1, 2)).all()
+    assert not rows["segments"][:, :3].any() and not rows["targets"][:, :3].any()
+    found = []
+    for row in range(len(packing)):
+        for segment in range(1, rows["segments"][row].max() + 1):
+            own = np.flatnonzero(rows["segments"][row] == segment)
+            assert (rows["positions"][row, own] == np.arange(3, 3 + len(own))).all()
+            tokens, marks = (1, 2, 3, *rows["tokens"][row, own].tolist()), rows["targets"][row, own]
+            end = 3 + int((marks == 0).sum())
+            assert (marks[end - 3 :] == marks[-1]).all()
+            found.append(Example(tokens[:end], tokens[end:], bool(marks[-1] == 2)))
+    assert sorted(found, key=len) == examples, "nothing is lost, nothing mixed"
+    assert packing.tokens(range(len(packing))) == (rows["positions"] >= 0).sum()
+    assert packing.efficiency <= packing.limit <= 1
+
+
+def test_a_common_start_leaves_every_prompt_a_token():
+    assert common_start([(1, 2, 3), (1, 2)]) == (1,) and common_start([(1, 2), (1, 2)]) == (1,)
+    assert common_start([]) == () and common_start([(1,), (1, 2)]) == () and common_start([(1, 2), (3, 2)]) == ()

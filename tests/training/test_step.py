@@ -77,6 +77,33 @@ def test_packed_rows_train_as_rows_of_their_own(model):
     np.testing.assert_allclose(packed["grad_norm"], own["grad_norm"], rtol=1e-4)
 
 
+@pytest.mark.parametrize("anchor", [False, True])
+def test_a_start_that_rows_share_trains_as_one_of_each_example(model, anchor):
+    """With an anchor too: against another model, so that its loss is not zero."""
+    start = (9, 8, 7, 6)
+    rows = [Example(start + e.prompt, e.completion, anchor and i % 2 == 0) for i, e in enumerate(examples())]
+    other = jax.tree.map(lambda leaf: leaf * 1.1, model.params)
+    coef = 0.5 if anchor else 0.0
+
+    def loss(share_start, batch):
+        objective = sft_objective(model.config, anchor=coef, share_start=share_start)
+
+        def total(params):
+            total, count, sums = objective({"policy": params, "reference": other} if anchor else params, batch)
+            return total / count, (count, sums)
+
+        return jax.value_and_grad(total, has_aux=True)(model.params)
+
+    shared = pack(rows, 40, share_start=True)
+    assert len(shared["tokens"]) < len(pack(rows, 40)["tokens"])
+    (ours, (count, sums)), gradients = loss(True, shared)
+    (own, (own_count, own_sums)), own_gradients = loss(False, unpacked(rows))
+    assert count == own_count == 6 * len(rows) and set(sums) == ({"anchor_kl"} if anchor else set())
+    leaves = (jax.tree.leaves(found) for found in ((ours, sums, gradients), (own, own_sums, own_gradients)))
+    for a, b in zip(*leaves, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
 def test_microbatches_of_unequal_weight_give_the_gradient_of_the_whole_batch(model):
     batch = unpacked(examples())
     batch["targets"][:3] = 0  # the first microbatch weighs far less than the others: a mean of means would differ
