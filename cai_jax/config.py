@@ -62,6 +62,7 @@ class CritiqueRevision:
     response: Sampling = Sampling(max_new_tokens=128)
     critique: Sampling = Sampling(max_new_tokens=96)
     revision: Sampling = Sampling(max_new_tokens=128)
+    sentences: int = 0  # that a revision keeps of those that it ends, for models whose later ones say little; 0: all
     copy_overlap: float = 0.7  # with a worked revision, of 4-character runs, from which on a revision is a copy of it
     critic: str = ""  # who writes the critiques; "": the model itself, external: the model at `endpoint`
     reviser: str = ""  # who writes the revisions, likewise

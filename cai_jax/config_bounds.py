@@ -103,7 +103,8 @@ BOUNDS = {
         "rows_per_shard": _at_least(1),
     },
     c.CritiqueRevision: {
-        "rounds": _at_least(1), "draws": _at_least(1), "principles": _one_of("drawn", "matched"),
+        "rounds": _at_least(1), "draws": _at_least(1), "sentences": _at_least(0),
+        "principles": _one_of("drawn", "matched"),
         "copy_overlap": _ABOVE_0_TO_1, "critic": _OURS_OR_EXTERNAL, "reviser": _OURS_OR_EXTERNAL,
         "rows_per_shard": _at_least(1),
     },  # fmt: skip

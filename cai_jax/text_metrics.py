@@ -8,6 +8,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
+from itertools import islice
 
 KINDS = ("refusal", "answer", "degenerate", "empty")
 
@@ -225,3 +226,13 @@ def _opening(text: str) -> str:
         if full == 2:
             break
     return "\n".join(kept)
+
+
+def first_sentences(text: str, count: int) -> str | None:
+    """The text up to the end of its sentence number `count`; None where it has fewer that end.
+
+    A sentence ends with one of .!? before a space or the end, closing quotes and brackets with it, or with 。！ or ？.
+    """
+    ends = re.finditer(r"""[.!?]+["'”’)\]]*(?=\s|$)|[。！？]""", text)
+    end = next(islice(ends, count - 1, None), None)
+    return text[: end.end()] if end else None

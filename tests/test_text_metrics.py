@@ -2,7 +2,7 @@ import random
 
 import pytest
 
-from cai_jax.text_metrics import KINDS, classify_response, repetition
+from cai_jax.text_metrics import KINDS, classify_response, first_sentences, repetition
 
 REFUSALS = [
     "I can't help with that.",
@@ -252,3 +252,19 @@ def test_repetition_looks_at_words_only():
     assert repetition("A b, c d! a B c; D") == pytest.approx(1 / 5)
     assert repetition("Don’t do it now. don't do it now") == pytest.approx(1 / 5)
     assert repetition("go " * 104) == pytest.approx(100 / 101)
+
+
+@pytest.mark.parametrize(
+    ("text", "one", "two"),
+    [
+        ("No. It is a lie. Ask", "No.", "No. It is a lie."),
+        ("I can't do 3.5 of it, really! Yes", "I can't do 3.5 of it, really!", None),
+        ("“No.” Then (yes!) too.", "“No.”", "“No.” Then (yes!)"),
+        ("Wait... what?\nOk", "Wait...", "Wait... what?"),
+        ("すみません。できません。", "すみません。", "すみません。できません。"),
+        ("cut off in the", None, None),
+        ("", None, None),
+    ],
+)
+def test_first_sentences_are_those_that_end(text, one, two):
+    assert (first_sentences(text, 1), first_sentences(text, 2)) == (one, two)

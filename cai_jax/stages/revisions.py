@@ -1,12 +1,23 @@
 """The revisions that a round of `critique_revision` draws: what each is by rule, and which of them is taken."""
 
+from cai_jax.chat import encode_text
 from cai_jax.config import NO_REVISIONS
 from cai_jax.labelers.examples import log_ratios
 from cai_jax.prompts import unlike_answers, worked_answers
 from cai_jax.similarity import Index
-from cai_jax.text_metrics import classify_response
+from cai_jax.text_metrics import classify_response, first_sentences
 
 _UNFIT = (*NO_REVISIONS, "revision_empty")
+
+
+def shortened(context, revision: dict) -> dict:
+    """A revision with no more than `critique_revision.sentences`; what is cut off in time was not truncated."""
+    count = context.config.critique_revision.sentences
+    text = first_sentences(revision["text"], count) if count else None
+    if text is None:
+        return revision
+    tokens = len(encode_text(context.base.tokenizer, text))
+    return revision | {"text": text, "tokens": tokens, "truncated": False}
 
 
 def told(settings, worked: Index, newest: str, critique: str | None, revision: dict) -> dict:

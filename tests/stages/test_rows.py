@@ -120,6 +120,23 @@ def test_chains_have_the_same_types_whatever_was_flagged(tmp_path, texts):
     assert again == summary, "a resumed stage finds the rows on disk"
 
 
+@pytest.mark.parametrize(
+    ("sentences", "kept"), [(0, "One. Two. Thr"), (1, "One."), (2, "One. Two."), (3, "One. Two. Thr")]
+)
+def test_a_revision_keeps_so_many_sentences_and_is_not_cut_off_where_it_has_them(tmp_path, sentences, kept):
+    texts = iter(["Sure.", "Bad.", "One. Two. Thr"] + ["It is bad.", "One. Two. Thr"])
+    sampler = CannedSampler(lambda request: sample(next(texts), truncated=True))
+    here = context(sampler, prompt_rows("Hi"))
+    here.config = replace(here.config, critique_revision=replace(here.config.critique_revision, sentences=sentences))
+    folder = StageFolder(tmp_path, "critique_revision")
+    critique_revision.run(here, folder)
+    (row,) = folder.read_shards()
+    revision = row["rounds"][0]["revision"]
+    assert revision == {"text": kept, "tokens": len(kept), "truncated": kept.endswith("Thr")}
+    assert row["rounds"][0]["flags"]["revision_truncated"] == revision["truncated"]
+    assert row["rounds"][1]["flags"]["revision_unchanged"], "the second round is told the same text again"
+
+
 def test_a_chain_that_fills_the_context_keeps_its_rounds_and_says_so(tmp_path):
     folder = StageFolder(tmp_path, "critique_revision")
     lengths = iter((1000, 100, 6000))  # response, critique, and a revision that leaves no room for a second round
