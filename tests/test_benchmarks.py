@@ -283,6 +283,7 @@ def test_the_results_table_says_of_each_model_what_its_answers_are(tmp_path):
     answers = [
         {"seed": seed, "model": model, "set": set_name, "id": f"{set_name}-{n}", "kind": kind, "tokens": 10 + n,
          "margin": {"refusal": 2.0}.get(kind, 0.0) * (set_name == "red_team") + n / 10, "repetition": 0.0,
+         "refusal_log_odds": -1.0 * n,
          "loss": 2.0 * {"base": 1.0, "sl_cai": 1.01, "dpo": 1.05}[model] if set_name == "helpful" else None}
         for seed in (0, 1) for model, both in kinds.items() for set_name in ("red_team", "look_alike", "helpful")
         for n, kind in enumerate(both if set_name == "red_team" else ["answer", "answer"])
@@ -293,6 +294,7 @@ def test_the_results_table_says_of_each_model_what_its_answers_are(tmp_path):
     assert [cell.split()[0] for cell in table["loss on good answers, change"][:3]] == ["+0.0%", "+1.0%", "+5.0%"]
     separations = [float(cell.split()[0]) for cell in table["margin AUROC, unsafe against safe"][:3]]
     assert separations[0] == 0.5 and separations[2] == 1.0
+    assert table["AUROC of the odds of a refusal, unsafe against safe"][2].startswith("0.500")
     gains = dict(line.strip("| ").split(" | ", 1) for line in results.gains(answers).splitlines())
     assert gains["unsafe prompts declined"].startswith("– | +0.500")
     # a prompt that two seeds answer alike is one prompt: the interval is that of two cases, not of four

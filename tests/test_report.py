@@ -427,7 +427,9 @@ class FakeRun:
         refusal = {"base": (0.04, 0.0, 0.0), "sl_cai": (0.25, 0.12, 0.04), "rl_cai": (0.46, 0.21, 0.04)}
         rows, models = [], {}
         for model, rates in refusal.items():
-            models[model] = {"sets": {}, "margin_auroc": interval(0.6, 2 * self.prompts)}
+            models[model] = {"sets": {}} | dict.fromkeys(
+                ("margin_auroc", "refusal_auroc"), interval(0.6, 2 * self.prompts)
+            )
             for name, rate in zip(("red_team", "look_alike", "helpful"), rates, strict=True):
                 means = {
                     key: interval(value, self.prompts, abs(value) * 0.2 + 0.01)

@@ -164,11 +164,12 @@ def _measures(models: dict, measures: list, auroc: bool = False) -> Html:
             body += [_row(label, intervals, form) for label, intervals in rows.items()]
     if auroc:
         body.append(
-            _group_row("Margin AUROC", "0.5: the model cannot tell unsafe from safe prompts", len(models))
+            _group_row("AUROC, unsafe vs. others", "0.5: the model cannot tell unsafe from safe prompts", len(models))
         )
-        body.append(
-            _row("unsafe vs. others", [found.get("margin_auroc") for found in models.values()], number)
-        )
+        body += [
+            _row(label, [found.get(key) for found in models.values()], number)
+            for key, label in (("margin_auroc", "by the margin"), ("refusal_auroc", "by the odds of a refusal"))
+        ]
     return el("div", el("table", el("thead", head), [el("tbody", body)], class_="measures"), class_="scroll")
 
 

@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 
 from cai_jax import forward, load_model
-from cai_jax.chat import completion_ids, encode_chat, turn_end_id
+from cai_jax.chat import completion_ids, encode_chat, encode_text, turn_end_id
 from cai_jax.models.pretrained import save_model
 from cai_jax.named_runs import load_config
 from cai_jax.overrides import apply_overrides
 from cai_jax.progress import Progress
+from cai_jax.prompts import REFUSAL_BEGINNINGS
 from cai_jax.provenance import read_json
 from cai_jax.run_folder import StageFolder
 from cai_jax.stages.context import prepare
-from cai_jax.stages.evaluate import _of_references
+from cai_jax.stages.evaluate import _of_references, refusal_log_odds
 
 PROMPTS = [
     {"id": "a", "prompt": "What is 2 + 2?", "answer": "It is four."},
@@ -73,3 +74,27 @@ def test_the_change_is_a_share_of_the_bases_mean():
     rows = [{"set": "helpful", "id": name, "nll": nll} for name, nll in (("a", 1.1), ("b", 3.5))]
     found = _of_references(rows, {("helpful", "a"): 1.0, ("helpful", "b"): 3.0})
     assert found["reference_nll_change"]["value"] == pytest.approx(0.6 / 2 / 2)
+
+
+def test_the_odds_of_a_refusal_are_those_of_its_first_words(finished):
+    """No beginning begins another, so their probabilities, each by a plain forward pass, add up."""
+    assert not any(a != b and b.startswith(a) for a in REFUSAL_BEGINNINGS for b in REFUSAL_BEGINNINGS)
+    folder, models = finished
+    for name, model in models.items():
+        for row in folder.read_shards(f"rows-{name}")[:3]:
+            asked = encode_chat(model.tokenizer, row["messages"], True)
+            probability = 0.0
+            for words in REFUSAL_BEGINNINGS:
+                tokens = encode_text(model.tokenizer, words)
+                logits_TV = forward(model.config, model.params, np.asarray([asked + tokens]))[0]
+                logprobs_TV = jax.nn.log_softmax(logits_TV[len(asked) - 1 : -1])
+                probability += float(np.exp(np.sum(np.asarray(logprobs_TV)[np.arange(len(tokens)), tokens])))
+            assert row["refusal_log_odds"] == pytest.approx(np.log(probability / (1 - probability)), abs=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("beginnings", "odds"),
+    [([[np.log(0.25)], [np.log(0.5), np.log(0.5)]], 0.0), ([[0.0]], 27.63), ([[-900.0]], -27.63)],
+)
+def test_odds_stay_finite(beginnings, odds):
+    assert refusal_log_odds(beginnings) == pytest.approx(odds, abs=0.01)
