@@ -7,6 +7,7 @@ has worked answers of two aims, those of the other aim are the second context: a
 written in their manner gains, a refusal of a harmless request too (docs/results.md).
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -19,6 +20,7 @@ from cai_jax.constitution import Constitution, Principle
 from cai_jax.labelers.judge import TOO_LONG, Judge, hash_of
 from cai_jax.labelers.opinion import Opinion, Pair
 from cai_jax.prompts import unlike_answers, worked_answers
+from cai_jax.provenance import content_hash
 from cai_jax.sampler import Row, Score
 
 
@@ -48,22 +50,33 @@ class Examples:
         """All worked answers."""
         return worked_answers(self.constitution)
 
-    def preamble_for(self, principles: Sequence[Principle]) -> Sequence[dict]:
-        """The worked answers before a pair under these principles."""
-        return worked_answers(self.constitution, principles)
+    def starts(self, asked: Sequence[Sequence[Principle]]) -> list[Sequence[dict]]:
+        """The worked answers before pairs under these principles, and those that they are against."""
+        by_ids = {tuple(principle.id for principle in principles): principles for principles in asked}
+        times = Counter(tuple(principle.id for principle in principles) for principles in asked)
+        found, texts = Counter(), {}
+        for ids, count in times.items():
+            for worked in filter(None, self._worked(by_ids[ids])):
+                found[key := content_hash(worked)] += count
+                texts[key] = worked
+        return [texts[key] for key, _ in found.most_common()]
+
+    def _worked(self, principles: Sequence[Principle]) -> tuple[Sequence[dict], Sequence[dict]]:
+        """The worked answers of principles, and those of others."""
+        return worked_answers(self.constitution, principles), unlike_answers(self.constitution, principles)
 
     @cached_property
     def hash(self) -> str:
         """Of all that decides its opinions beside the pair."""
         settings = [self.name, asdict(self.settings)]
-        if len(of_aim := {p.aim: self.preamble_for([p]) for p in self.constitution.principles}) > 1:
+        if len(of_aim := {p.aim: self._worked([p])[0] for p in self.constitution.principles}) > 1:
             settings.append(of_aim)
         return hash_of(self.judge, settings, self.preamble, lambda messages, *_: messages)
 
     def compare(self, pair: Pair, principles: Sequence[Principle], seed: int) -> Row:
         """A row program with two `Score`s, each of both responses."""
         texts = pair.response_a, pair.response_b
-        worked = self.preamble_for(principles), unlike_answers(self.constitution, principles)
+        worked = self._worked(principles)
         ratios = yield from log_ratios(
             self.judge.tokenizer, self.judge.fits, *worked, pair.messages, texts, self.settings.per_token
         )

@@ -103,8 +103,10 @@ class Run:
 
     @cached_property
     def prefix(self) -> int:
-        """Room of the shared prefix: that of the longest worked examples among the stages."""
-        longest = max((self.workload.preambles.get(stage, 0) for stage in self.config.stages), default=0)
+        """Room of the shared prefixes together, in the stage where they are longest."""
+        load = self.workload
+        starts = (load.preambles.get(stage, 0) + load.beside.get(stage, 0) for stage in self.config.stages)
+        longest = max(starts, default=0)
         return ceil((longest + 1) / BLOCK) * BLOCK  # a template writes something before the first text
 
     def sampler(self, model: ModelConfig) -> SamplerShape:

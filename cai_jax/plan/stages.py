@@ -52,9 +52,8 @@ def _critique_revision(run: Run) -> list[Program]:
     new_tokens = answer + settings.rounds * (critique + settings.draws * revision)
     context = run.workload.preambles["critique_revision"] + prompt + answer + critique + revision / 2
     prefilled = prompt + settings.rounds * (prompt + answer)  # each round asks about the newest revision
-    if settings.draws > 1:  # all are scored after two sets of worked answers, which no other row has left there
-        worked = run.workload.preambles["critique_revision"] / 2 + run.workload.unlike
-        prefilled += settings.rounds * (worked + 2 * (prompt + settings.draws * revision))
+    if settings.draws > 1:  # all are scored after two sets of worked answers, which all rows share
+        prefilled += settings.rounds * 2 * (prompt + settings.draws * revision)
     load = Load.of(run.config.sampler.rows, rows, new_tokens, prefilled, context)
     return sampler_programs(run, "critique_revision", run.models["model.source"], base, size(base), load)
 
@@ -133,7 +132,7 @@ def _label_tokens(run: Run, names, orders: int, principles: int, prompt: float, 
         "options": orders * pair,
         "thought": orders * (pair + principles * reasoning),
         "contrast": 2 * principles * pair,
-        "examples": 2 * pair + run.workload.unlike,
+        "examples": 2 * pair,
         "rating": 2 * prompt + answers,
     }
     new_tokens = orders * principles * reasoning if "thought" in names else 0

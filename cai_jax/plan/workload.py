@@ -30,8 +30,8 @@ class Workload:
     """What the stages of a run have to do, and what had to be assumed to say so."""
 
     prompts: dict[str, PromptCount]
-    preambles: dict[str, int]  # tokens of the worked examples that requests begin with
-    unlike: int  # tokens of the worked answers of other aims, which comparisons by worked answers are against
+    preambles: dict[str, int]  # tokens of the worked examples that most requests begin with
+    beside: dict[str, int]  # tokens of the other starts that requests share: worked answers, and those of other aims
     principles: int
     gold: PromptCount  # pairs of the judge stage, a prompt with both responses
     assumptions: tuple[str, ...]
@@ -65,14 +65,18 @@ def workload_of(config: Config) -> Workload:
         "critique_revision": max(map(_tokens, by_aim)),
         "preferences": _tokens(constitution.preference_few_shots),
     }
-    if "examples" in (*config.preferences.labelers, *config.judge.also):
+    if compares := "examples" in (*config.preferences.labelers, *config.judge.also):
         at_once = [[principle] for principle in constitution.principles]
         if config.preferences.principles != 1 or config.judge.principles == "all":
             at_once = [constitution.principles]
         worked = max(_length(worked_answers(constitution, principles)) for principles in at_once)
         preambles["preferences"] = max(preambles["preferences"], worked)
     unlike = max(_length(unlike_answers(constitution, [principle])) for principle in constitution.principles)
-    return Workload(sets, preambles, unlike, len(constitution.principles), _gold(config, constitution), tuple(assumed))
+    beside = {
+        "critique_revision": (preambles["critique_revision"] // 2 + unlike) * (config.critique_revision.draws > 1),
+        "preferences": unlike * compares,
+    }
+    return Workload(sets, preambles, beside, len(constitution.principles), _gold(config, constitution), tuple(assumed))
 
 
 def _length(turns) -> int:

@@ -23,7 +23,7 @@ from cai_jax.sampler.weights import decoding_form, preparation
 
 @dataclass(frozen=True)
 class SamplerShape:
-    """All that decides the programs of a `Sampler` but the mesh. `prefix`: room of the shared prefix."""
+    """All that decides the programs of a `Sampler` but the mesh. `prefix`: room of the shared prefixes together."""
 
     config: ModelConfig
     rows: int
@@ -48,7 +48,7 @@ def abstract_weights(shape: SamplerShape, mesh, platform: str) -> dict:
 def abstract_cache(shape: SamplerShape, mesh, platform: str) -> Cache:
     """The key/value cache, as shapes in their places."""
     dtype = entry_dtype(shape.dtype, shape.int8_cache, platform)
-    make = partial(empty_cache, shape.config, shape.rows, shape.length, shape.prefix, dtype, platform)
+    make = partial(empty_cache, shape.config, shape.rows, shape.length, (shape.prefix,), dtype, platform)
     shapes = jax.eval_shape(make)
     return placed(shapes, cache_shardings(shape.config, mesh, shapes))
 
@@ -108,7 +108,7 @@ def _slots(rows: int, length: int):
         **{name: np.zeros(rows, dtype) for name, dtype in columns.items()},
         stop=np.zeros((rows, 1), np.int32), key=np.zeros((rows, 2), np.uint32),
     )  # fmt: skip
-    numbers = [np.zeros(rows, np.int32)] * 4
+    numbers = [np.zeros(rows, np.int32)] * 5
     return decode.Slots(*numbers, np.zeros(rows, bool), settings), np.zeros((rows, length), np.int32)
 
 

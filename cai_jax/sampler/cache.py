@@ -2,8 +2,8 @@
 
 It stands in blocks of BLOCK entries, a pair of arrays a layer. Entry s of a slot lies in block s // BLOCK, so attention
 reads as many blocks as the fullest slot has and no more, and a row's sums are the same however full the others are.
-The last block is never read: what has no place is written there. Beside the slots stands one prefix that any of them
-may share.
+The last block is never read: what has no place is written there. Beside the slots stand prefixes; any slot may share
+one of them.
 
 Letters of an array's axes: z blocks, q slots (or strips), k key/value heads, n head size, s entries. Their order is the
 backend's: on a CPU the two products of attention read rows of memory; on a TPU it is the one that its compiler chooses
@@ -46,15 +46,15 @@ class Entries:
 
 @flax.struct.dataclass
 class Cache:
-    """Of every layer the entries of all slots, and those of the prefix that slots may share."""
+    """Of every layer the entries of all slots, and those of each prefix that slots may share."""
 
     own: tuple[Entries, ...]
-    shared: tuple[Entries, ...]
+    shared: tuple[tuple[Entries, ...], ...]
 
     @property
-    def prefix_room(self) -> int:
-        """The longest prefix that there is room for."""
-        return self.shared[0].keys.shape[-1]
+    def prefix_rooms(self) -> tuple[int, ...]:
+        """The longest that each prefix may be."""
+        return tuple(entries.keys.shape[-1] for entries in self.shared[0])
 
 
 @flax.struct.dataclass
@@ -65,7 +65,8 @@ class Strips:
     real_QT: jax.Array
     slots_Q: jax.Array | None  # None: strip q is of slot q
     starts_Q: jax.Array  # place of the window in the slot's own cache, a multiple of T
-    shared_Q: jax.Array  # entries of the shared prefix that the slot stands on
+    prefixes_Q: jax.Array  # number of the shared prefix that the slot stands on
+    shared_Q: jax.Array  # how many entries of that
 
 
 def blocks_of(length: int) -> int:
@@ -73,8 +74,10 @@ def blocks_of(length: int) -> int:
     return -(-length // BLOCK) + 1
 
 
-def empty_cache(config: ModelConfig, rows: int, length: int, prefix: int, dtype, platform: str) -> Cache:
-    """A cache for `rows` slots of at most `length` entries, and a prefix of at most `prefix`."""
+def empty_cache(
+    config: ModelConfig, rows: int, length: int, prefixes: tuple[int, ...], dtype, platform: str
+) -> Cache:  # fmt: skip
+    """A cache for `rows` slots of at most `length` entries, and prefixes of at most so many each."""
     sizes = {"z": blocks_of(length), "q": rows, "k": config.n_kv_heads, "n": config.head_dim}
     int8 = jnp.dtype(dtype) == jnp.int8
 
@@ -89,7 +92,7 @@ def empty_cache(config: ModelConfig, rows: int, length: int, prefix: int, dtype,
     layers = range(config.n_layers)
     return Cache(
         own=tuple(entries(orders, SCALE_ORDER, BLOCK) for _ in layers),
-        shared=tuple(entries(SHARED_ORDERS, "ks", prefix) for _ in layers),
+        shared=tuple(tuple(entries(SHARED_ORDERS, "ks", prefix) for prefix in prefixes) for _ in layers),
     )
 
 
@@ -98,14 +101,14 @@ def entry_dtype(compute_dtype: str, int8: bool, platform: str) -> str:
     return "int8" if int8 else "float32" if platform == "cpu" else compute_dtype
 
 
-def new_cache(config: ModelConfig, rows: int, length: int, prefix: int, dtype, mesh=None) -> Cache:
+def new_cache(config: ModelConfig, rows: int, length: int, prefixes: tuple[int, ...], dtype, mesh=None) -> Cache:
     """An empty cache where it belongs on the mesh."""
-    make = partial(empty_cache, config, rows, length, prefix, dtype, platform_of(mesh))
+    make = partial(empty_cache, config, rows, length, prefixes, dtype, platform_of(mesh))
     return jax.jit(make, out_shardings=None if mesh is None else cache_shardings(config, mesh, jax.eval_shape(make)))()
 
 
 def cache_shardings(config: ModelConfig, mesh, shapes: Cache) -> Cache:
-    """Slots over the data axes, heads over tensor where it divides them, the prefix on every data shard."""
+    """Slots over the data axes, heads over tensor where it divides them, prefixes on every data shard."""
     heads = "tensor" if config.n_kv_heads % mesh.shape["tensor"] == 0 else None
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), cache_specs(shapes, heads))
 
@@ -118,11 +121,14 @@ def cache_specs(cache: Cache, heads: str | None = None) -> Cache:
             lambda _, order: P(*({"q": ROWS[0], "k": heads}.get(letter) for letter in order)), entries, entries.axes()
         )
 
-    return Cache(own=tuple(map(of_layer, cache.own)), shared=tuple(map(of_layer, cache.shared)))
+    return Cache(
+        own=tuple(map(of_layer, cache.own)),
+        shared=tuple(tuple(map(of_layer, prefixes)) for prefixes in cache.shared),
+    )
 
 
 def cache_bytes(config: ModelConfig, rows: int, length: int, prefix: int, dtype) -> int:
-    """Bytes of the keys and values of `rows` slots of `length` entries and of a prefix."""
+    """Bytes of the keys and values of `rows` slots of `length` entries and of prefixes of `prefix` together."""
     scale = 4 if jnp.dtype(dtype) == jnp.int8 else 0
     entry = 2 * config.n_layers * config.n_kv_heads * (config.head_dim * jnp.dtype(dtype).itemsize + scale)
     return entry * (rows * blocks_of(length) * BLOCK + prefix)
@@ -205,7 +211,7 @@ def _stored(x_KQSN, own: Entries):
 
 
 def first_entries(cache: Cache, slot, length: int) -> tuple[Entries, ...]:
-    """The first `length` entries of a slot, as the prefix that slots may share."""
+    """The first `length` entries of a slot, as a prefix that slots may share."""
 
     def of_slot(array, order, wanted):
         own = jax.lax.dynamic_index_in_dim(array, slot, order.index("q"), keepdims=False)
@@ -219,4 +225,4 @@ def first_entries(cache: Cache, slot, length: int) -> tuple[Entries, ...]:
         arrays = jax.tree.map(of_slot, own, own.axes(), shared.axes().replace(orders=own.orders))
         return arrays.replace(orders=shared.orders)
 
-    return tuple(map(of_layer, cache.own, cache.shared))
+    return tuple(of_layer(own, prefixes[0]) for own, prefixes in zip(cache.own, cache.shared, strict=True))

@@ -36,7 +36,8 @@ class Slots:
 
     last_tokens_B: jax.Array  # drawn or given, not yet in the cache
     filled_B: jax.Array  # entries of the own cache
-    shared_B: jax.Array  # entries of the shared prefix that the slot stands on
+    prefixes_B: jax.Array  # number of the shared prefix that the slot stands on
+    shared_B: jax.Array  # how many entries of that
     drawn_B: jax.Array  # tokens of the completion so far
     live_B: jax.Array
     settings: RowSettings
@@ -97,9 +98,10 @@ def decode(config: ModelConfig, mesh, weights, cache: Cache, slots: Slots, histo
 
 @partial(jax.jit, static_argnames=("mesh", "length"))
 def share(mesh, cache: Cache, length: int):
-    """The first `length` entries of slot 0 (of each data shard), as the prefix that all slots may stand on."""
+    """The first `length` entries of slot 0 (of each data shard), as a prefix that all slots may stand on."""
     kept = cache_specs(cache)
-    return _on_shards(mesh, lambda cache: first_entries(cache, 0, length), (kept,), kept.shared)(cache)
+    of_one = tuple(prefixes[0] for prefixes in kept.shared)
+    return _on_shards(mesh, lambda cache: first_entries(cache, 0, length), (kept,), of_one)(cache)
 
 
 @flax.struct.dataclass
@@ -120,7 +122,7 @@ def _step(config, weights, slots: Slots, loop: _Loop) -> _Loop:
     """Run the last token of every live slot and draw the next."""
     live_B, place = loop.live_B, loop.step
     filled_B = slots.filled_B + place
-    strips = Strips(loop.last_tokens_B[:, None], live_B[:, None], None, filled_B, slots.shared_B)
+    strips = Strips(loop.last_tokens_B[:, None], live_B[:, None], None, filled_B, slots.prefixes_B, slots.shared_B)
     cache, hidden_B1D = extend(config, weights, loop.cache, strips)
     logits_BV = unembed(config, weights, hidden_B1D[:, 0])
     drawn_B = slots.drawn_B + place

@@ -61,7 +61,7 @@ class Sampler:
         self._weights = prepare(config, self.model.params, self.dtype, self.mesh, self.int8_weights)
         self._cache_dtype = entry_dtype(self.dtype, self.int8_cache, platform_of(self.mesh))
         self._cache = None  # made for the first request, with the room that its prefix needs
-        self._prefix: list[int] = []
+        self._prefixes: list[list[int]] = []
         self._stops = () if self.ignore_stops else stop_ids(self.model.tokenizer, config.eos_ids)
         self._slots = [Slot(number) for number in range(self.rows)]
         self._calls = Calls()
@@ -107,12 +107,15 @@ class Sampler:
         """What each row program returns, in order."""
         return [result for _, result in sorted(self.stream(rows, prefix), key=lambda pair: pair[0])]
 
-    def stream(self, rows: Iterable[Row], prefix: Sequence = ()) -> Iterator[tuple[int, object]]:
+    def stream(
+        self, rows: Iterable[Row], prefix: Sequence = (), more: Sequence[Sequence] = ()
+    ) -> Iterator[tuple[int, object]]:
         """(place, what it returned) of each row program, as soon as it ends. Programs are taken up when a slot is free.
 
-        `prefix` is the conversation start that most requests begin with; it is run once.
+        `prefix` is the conversation start that most requests begin with, `more` are others that many do; each is run
+        once.
         """
-        self._share(prefix)
+        self._share(prefix, more)
         waiting = enumerate(rows)
         self._calls = Calls()  # none of an earlier stream that was left before its end
         for slot in self._slots:
@@ -153,11 +156,11 @@ class Sampler:
         tokens = self._encode(request.conversation)
         if isinstance(request, Generate):
             self._check_room(slot.index, tokens, request.sampling.max_new_tokens)
-            kept = slot.write(tokens, self._prefix, request.sampling, request.seed, self.reuse)
+            kept = slot.write(tokens, self._prefixes, request.sampling, request.seed, self.reuse)
         else:
             options = [self._option(option) for option in request.options]
             self._check_room(slot.index, tokens, max(map(len, options)))
-            kept = slot.score(tokens, options, self._prefix, self.reuse, CANDIDATES)
+            kept = slot.score(tokens, options, self._prefixes, self.reuse, CANDIDATES)
         self.counts.reused += kept
 
     def _check_room(self, index, tokens, new_tokens):
@@ -270,29 +273,43 @@ class Sampler:
                 return Sample(text[: min(found)], writing.tokens[:count], writing.logprobs[:count], truncated=False)
         raise AssertionError("the stop string was there")
 
-    def _share(self, messages) -> None:
-        """Run a conversation start once and make it the shared prefix."""
-        tokens = self._prefix_tokens(messages) if self.reuse else []
-        if self._cache is not None and tokens == self._prefix:
+    def _share(self, messages, more=()) -> None:
+        """Run conversation starts once and make them the shared prefixes."""
+        prefixes = [self._prefix_tokens(messages), *map(self._prefix_tokens, filter(None, more))]
+        prefixes = list(map(list, dict.fromkeys(map(tuple, prefixes)))) if self.reuse else [[]]
+        if self._cache is not None and prefixes == self._prefixes:
             return
-        room = -(-len(tokens) // BLOCK) * BLOCK
-        if self._cache is None or room != self._cache.prefix_room:
+        rooms = tuple(-(-len(tokens) // BLOCK) * BLOCK for tokens in prefixes)
+        if self._cache is None or rooms != self._cache.prefix_rooms:
             self._cache = None  # two caches at once could be too much
-            shape = self.model.config, self.rows, self.max_length, room, self._cache_dtype, self.mesh
-            check_cache_fits(*shape)
-            self._cache = new_cache(*shape)
-        self._prefix = list(tokens)
-        if tokens:
-            firsts = [group[0] for group in self._groups()]
-            for slot in firsts:
-                slot.clear()
-                slot.runs.append(Run(0, list(tokens)))
-            while any(slot.runs for slot in firsts):
-                for piece in self._run_strips([slot.next_strips(STRIP, self._strips) for slot in firsts])[0]:
-                    piece.slot.ran(piece.run, piece.count)
-            self.counts.prefilled += len(tokens)
-            self.programs.add(("share", *self._shapes()))
-            self._cache = self._cache.replace(shared=decode.share(self.mesh, self._cache, room))
+            check_cache_fits(
+                self.model.config, self.rows, self.max_length, sum(rooms), self._cache_dtype, self.mesh
+            )
+            self._cache = new_cache(
+                self.model.config, self.rows, self.max_length, rooms, self._cache_dtype, self.mesh
+            )
+        self._prefixes = prefixes
+        for number, tokens in enumerate(prefixes):
+            if tokens:
+                self._share_one(number, tokens)
+
+    def _share_one(self, number: int, tokens: list[int]) -> None:
+        firsts = [group[0] for group in self._groups()]
+        for slot in firsts:
+            slot.clear()
+            slot.runs.append(Run(0, list(tokens)))
+        while any(slot.runs for slot in firsts):
+            for piece in self._run_strips([slot.next_strips(STRIP, self._strips) for slot in firsts])[0]:
+                piece.slot.ran(piece.run, piece.count)
+        self.counts.prefilled += len(tokens)
+        room = self._cache.prefix_rooms[number]
+        self.programs.add(("share", room, *self._shapes()))
+        entries = decode.share(self.mesh, self._cache, room)
+        shared = tuple(
+            (*prefixes[:number], new, *prefixes[number + 1 :])
+            for prefixes, new in zip(self._cache.shared, entries, strict=True)
+        )
+        self._cache = self._cache.replace(shared=shared)
 
     def _prefix_tokens(self, messages) -> list[int]:
         """Without messages it is what the template writes before the first text of a user: often a system turn."""
@@ -320,11 +337,12 @@ class Sampler:
         history_BS = np.full((self.rows, self.max_length), -1, np.int32)
         for row, (slot, sampling) in enumerate(zip(self._slots, samplings, strict=True)):
             if slot.writing and sampling.repetition_penalty != 1:
-                tokens = [*self._prefix[: slot.shared], *slot.own, slot.writing.last_token]
+                tokens = [*self._prefixes[slot.prefix][: slot.shared], *slot.own, slot.writing.last_token]
                 history_BS[row, : len(tokens)] = tokens
         return decode.Slots(
             np.asarray([writing.last_token if writing else 0 for writing in writings], np.int32),
             np.asarray([len(slot.own) for slot in self._slots], np.int32),
+            np.asarray([slot.prefix for slot in self._slots], np.int32),
             np.asarray([slot.shared for slot in self._slots], np.int32),
             np.asarray([len(writing.tokens) if writing else 0 for writing in writings], np.int32),
             np.asarray([writing is not None for writing in writings]),
@@ -341,7 +359,7 @@ class Sampler:
         return slot.number % (self.rows // self._ways)
 
     def _shapes(self):
-        return self.rows, self.max_length, self._cache.prefix_room, self.dtype
+        return self.rows, self.max_length, self._cache.prefix_rooms, self.dtype
 
     def _put(self, arrays):
         return arrays if self.mesh is None else put_rows(self.mesh, arrays)

@@ -5,6 +5,7 @@ token a slot.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from cai_jax.sampler.cache import BLOCK, CPU_ORDERS, Cache, Entries, Strips, app
 def extend(config: ModelConfig, weights, cache: Cache, strips: Strips):
     """Run strips through the decoder and append them to the cache.
 
-    Returns the cache and the final-norm hidden states `[Q, T, D]`. A token sees the shared prefix as far as its slot
+    Returns the cache and the final-norm hidden states `[Q, T, D]`. A token sees a shared prefix as far as its slot
     stands on it, and the entries of its slot up to itself, whether they are of this pass or of an earlier one.
     Prefill writes a layer's entries before it reads them; decoding writes those of all layers at its end, in one loop.
     """
@@ -28,7 +29,7 @@ def extend(config: ModelConfig, weights, cache: Cache, strips: Strips):
     x_1MD = _embed(config, weights["embed"], strips.tokens_QT.reshape(1, -1))
     rope_R1MN = rope_tables(config, positions_QT.reshape(1, -1))
     own, new, decoding = list(cache.own), [], length == 1
-    sights = {window: _sight(places_QT, strips.shared_Q, window, cache, decoding) for window in set(config.windows)}
+    sights = {window: _sight(places_QT, strips, window, cache, decoding) for window in set(config.windows)}
     for i, layer in enumerate(weights["layers"]):
 
         def attend(q_1MHN, k_1MKN, v_1MKN, i=i):
@@ -66,12 +67,13 @@ def _embed(config: ModelConfig, table_VD, tokens_1M):
 class _Sight:
     """What the tokens of a pass see, as numbers to add to scores: 0, or NEGATIVE. Made once a pass and window."""
 
-    prefix_QTS: jax.Array
+    prefixes_QTS: tuple[jax.Array, ...]
+    stood_on: tuple[jax.Array, ...]  # 1 for a prefix that a token of the pass sees, else 0
     blocks_ZQTS: jax.Array
     full: jax.Array  # blocks that hold anything
 
 
-def _sight(places_QT, shared_Q, window: int, cache: Cache, decoding: bool) -> _Sight:
+def _sight(places_QT, strips: Strips, window: int, cache: Cache, decoding: bool) -> _Sight:
     """Each token stands at a place of its slot (-1: none, sees nothing); decoding, it is not in the cache itself."""
     behind = int(decoding)
 
@@ -79,19 +81,27 @@ def _sight(places_QT, shared_Q, window: int, cache: Cache, decoding: bool) -> _S
         seen = (places_QT >= 0)[..., None] & (distance >= least) & also
         return jnp.where(seen & (distance < window) if window else seen, 0.0, NEGATIVE)
 
-    prefix_P, blocks = jnp.arange(cache.prefix_room), cache.own[0].keys.shape[0] - 1
-    from_prefix = bias((shared_Q[:, None] + places_QT)[..., None] - prefix_P, 0, prefix_P < shared_Q[:, None, None])
+    def from_prefix(number, room):
+        shared_Q11 = jnp.where(strips.prefixes_Q == number, strips.shared_Q, 0)[:, None, None]
+        prefix_P = jnp.arange(room)
+        return bias(shared_Q11 + places_QT[..., None] - prefix_P, 0, prefix_P < shared_Q11)
+
+    from_prefixes = tuple(from_prefix(number, room) for number, room in enumerate(cache.prefix_rooms))
+    live_Q = jnp.any(places_QT >= 0, axis=1) & (strips.shared_Q > 0)
+    stood_on = tuple(jnp.any(live_Q & (strips.prefixes_Q == n)).astype(jnp.int32) for n in range(len(from_prefixes)))
+    blocks = cache.own[0].keys.shape[0] - 1
     from_own = bias(places_QT[..., None] - jnp.arange(blocks * BLOCK), behind)
     from_own = jnp.moveaxis(from_own.reshape(*places_QT.shape, blocks, BLOCK), 2, 0)
-    return _Sight(*jax.lax.optimization_barrier((from_prefix, from_own)), (jnp.max(places_QT) - behind) // BLOCK + 1)
+    from_prefixes, from_own = jax.lax.optimization_barrier((from_prefixes, from_own))
+    return _Sight(from_prefixes, stood_on, from_own, (jnp.max(places_QT) - behind) // BLOCK + 1)
 
 
-def _attend(config, q_KQTGN, shared: Entries, own: Entries, itself: Entries | None, slots_Q, sight: _Sight):
-    """Attention over prefix and own blocks, one after the other, with one running softmax. Queries are scaled.
+def _attend(config, q_KQTGN, shared, own: Entries, itself: Entries | None, slots_Q, sight: _Sight):
+    """Attention over prefixes and own blocks, one after the other, with one running softmax. Queries are scaled.
 
-    `itself` is the entry of each strip's only token where the cache does not hold it yet. Every sum runs over the
-    entries of a slot in their order, so a row's result does not depend on which tokens came in one pass, nor on other
-    rows.
+    Of several prefixes those are read that a token of the pass stands on. `itself` is the entry of each strip's only
+    token where the cache does not hold it yet. Every sum runs over the entries of a slot in their order, so a row's
+    result does not depend on which tokens came in one pass, nor on other rows.
     """
     heads, count, length, group, size = q_KQTGN.shape
     q_KQRN = q_KQTGN.reshape(heads, count, length * group, size)
@@ -122,8 +132,10 @@ def _attend(config, q_KQTGN, shared: Entries, own: Entries, itself: Entries | No
         key_KQ1N, value_KQ1N = _plain(itself.keys, itself.key_scales), _plain(itself.values, itself.value_scales)
         top = softcap(jnp.sum(q_KQRN.astype(jnp.float32) * key_KQ1N, axis=-1), config.attn_softcap)
         carry = top, jnp.ones(shape), jnp.broadcast_to(value_KQ1N, (*shape, size))
-    if shared.keys.shape[-1]:
-        carry = add(shared, sight.prefix_QTS, carry)
+    for entries, bias_QTS, times in zip(shared, sight.prefixes_QTS, sight.stood_on, strict=True):
+        if entries.keys.shape[-1]:
+            read = partial(lambda entries, bias_QTS, _, carry: add(entries, bias_QTS, carry), entries, bias_QTS)
+            carry = jax.lax.fori_loop(0, times, read, carry) if len(shared) > 1 else read(0, carry)
     _, total, mixed = jax.lax.fori_loop(0, sight.full, add_block, carry)
     return (mixed / total[..., None]).reshape(q_KQTGN.shape)
 

@@ -77,7 +77,7 @@ class WithoutModel:
         """What each row program returns, in order."""
         return [result for _, result in sorted(self.stream(rows, prefix), key=lambda pair: pair[0])]
 
-    def stream(self, rows: Iterable[Row], prefix: Sequence = ()) -> Iterator[tuple[int, object]]:
+    def stream(self, rows: Iterable[Row], prefix: Sequence = (), more: Sequence = ()) -> Iterator[tuple[int, object]]:
         """(place, what it returned) of each row program, as soon as it ends. Raises TypeError at other requests."""
         waiting, calls, running = enumerate(rows), Calls(), {}
 

@@ -1,6 +1,6 @@
 """The host's side of the cache: what each slot holds, and the least work that answers a request in it.
 
-A slot belongs to one row at a time. It stands on the first `shared` tokens of the shared prefix and holds the keys of
+A slot belongs to one row at a time. It stands on the first `shared` tokens of a shared prefix and holds the keys of
 `own` tokens after them; a request runs only what comes after the longest common start of its tokens and those.
 """
 
@@ -42,6 +42,7 @@ class Slot:
     number: int
     row: object = None  # the program of the row that lives here, None: free
     index: int = -1  # of that row
+    prefix: int = 0  # number of the shared prefix
     shared: int = 0
     own: list[int] = field(default_factory=list)
     runs: deque = field(default_factory=deque)
@@ -50,41 +51,44 @@ class Slot:
 
     def clear(self):
         """Forget the row and its tokens."""
-        self.row, self.index, self.shared, self.writing, self.scores = None, -1, 0, None, None
+        self.row, self.index, self.prefix, self.shared, self.writing, self.scores = None, -1, 0, 0, None, None
         self.own.clear()
         self.runs.clear()
 
-    def stand_on(self, tokens: list[int], prefix: list[int], reuse: bool) -> int:
-        """Keep the longest start of `tokens`, but for the last, that prefix or own cache hold; returns its length.
+    def stand_on(self, tokens: list[int], prefixes: list[list[int]], reuse: bool) -> int:
+        """Keep the longest start of `tokens`, but for the last, that a prefix or own cache hold; returns its length.
 
-        What the slot stood on wins a tie, for then nothing is dropped.
+        What the slot stood on wins a tie, for then nothing is dropped; of prefixes the first.
         """
         usable = tokens[:-1]
-        fresh = common_start(prefix, usable) if reuse else 0
-        if reuse and self.shared <= fresh and (self.shared or self.own):
+        starts = [common_start(prefix, usable) if reuse else 0 for prefix in prefixes]
+        fresh = max(starts)
+        if reuse and self.shared <= starts[self.prefix] and (self.shared or self.own):
             kept = common_start(self.own, usable[self.shared :])
             if self.shared + kept >= fresh:
                 del self.own[kept:]
                 return self.shared + kept
-        self.shared = fresh
+        self.prefix, self.shared = starts.index(fresh), fresh
         self.own.clear()
         return fresh
 
-    def write(self, tokens: list[int], prefix: list[int], sampling: Sampling, seed: int, reuse: bool) -> int:
+    def write(self, tokens: list[int], prefixes: list[list[int]], sampling: Sampling, seed: int, reuse: bool) -> int:
         """Take up a Generate request; returns how many tokens need not be run. The last one runs while decoding."""
-        kept = self.stand_on(tokens, prefix, reuse)
+        kept = self.stand_on(tokens, prefixes, reuse)
         if todo := tokens[kept:-1]:
             self.runs.append(Run(len(self.own), todo))
         self.writing = Writing(sampling, seed, tokens[-1])
         return kept
 
-    def score(self, tokens: list[int], options: list[list[int]], prefix: list[int], reuse: bool, at_once: int) -> int:
+    def score(
+        self, tokens: list[int], options: list[list[int]], prefixes: list[list[int]], reuse: bool, at_once: int
+    ) -> int:
         """Take up a Score request; returns how many tokens need not be run.
 
         First tokens of all options come from one place, `at_once` candidates a run; the rest of each option runs
         after the conversation, one option after the other.
         """
-        kept = self.stand_on(tokens, prefix, reuse)
+        kept = self.stand_on(tokens, prefixes, reuse)
         self.scores = [[0.0] * len(option) for option in options]
         end = len(self.own) + len(tokens) - kept
         first = Run(len(self.own), tokens[kept:])
@@ -157,7 +161,7 @@ class Strip:
         strips.tokens_QT[q, here] = self.run.tokens[self.first : self.first + self.count]
         strips.real_QT[q, here] = True
         strips.slots_Q[q], strips.starts_Q[q] = slot, self.window
-        strips.shared_Q[q] = self.slot.shared
+        strips.prefixes_Q[q], strips.shared_Q[q] = self.slot.prefix, self.slot.shared
 
     def asked(self):
         """(place in the window, place in the run) wherever log-probs are asked for."""
@@ -168,7 +172,7 @@ class Strip:
 
 def empty_strips(count: int) -> Strips:
     """Host arrays for `count` strips, none of them real."""
-    columns = {name: np.zeros(count, np.int32) for name in ("slots_Q", "starts_Q", "shared_Q")}
+    columns = {name: np.zeros(count, np.int32) for name in ("slots_Q", "starts_Q", "prefixes_Q", "shared_Q")}
     return Strips(np.zeros((count, STRIP), np.int32), np.zeros((count, STRIP), bool), **columns)
 
 

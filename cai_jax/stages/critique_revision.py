@@ -25,7 +25,7 @@ from cai_jax.prompts import (
 from cai_jax.rules import explain, satisfies
 from cai_jax.sampler import Generate, several
 from cai_jax.similarity import Index
-from cai_jax.stages.revisions import choose, shortened, told
+from cai_jax.stages.revisions import choose, compared, shortened, told
 from cai_jax.stages.rows import make_rows, mean, messages_of, sample_dict, unfinished, usable_prompts, watch
 from cai_jax.text_metrics import KINDS, classify_response
 
@@ -46,7 +46,7 @@ def run(context, folder) -> dict:
         watch(sampler, task)
         rows = make_rows(
             folder, "rows", prompts, settings.rows_per_shard, lambda: sampler,
-            lambda prompt: _chain(context, sampler, worked, prompt), _most_shared(context, prompts), finish=present,
+            lambda prompt: _chain(context, sampler, worked, prompt), _starts(context, prompts), finish=present,
         )  # fmt: skip
     if not rows:
         if context.endpoint and (failures := context.endpoint.counts.failures):
@@ -77,11 +77,15 @@ def _preamble(context, principle) -> list[dict]:
     return critique_preamble(context.constitution, context.config.critique_revision.critiques, [principle])
 
 
-def _most_shared(context, prompts) -> list[dict]:
-    """The start of a round that is likeliest for these prompts."""
+def _starts(context, prompts) -> list[list[dict]]:
+    """The starts that rounds and the choice among draws share, for each aim of a principle that a prompt may get."""
     candidates = [principle for prompt in prompts for principle in _principles(context, prompt.category)]
-    aims = Counter(principle.aim for principle in candidates)
-    return _preamble(context, max(candidates, key=lambda principle: aims[principle.aim]))
+    of_aim = {principle.aim: principle for principle in candidates}
+    asked = [of_aim[aim] for aim, _ in Counter(principle.aim for principle in candidates).most_common()]
+    starts = [_preamble(context, principle) for principle in asked]
+    if context.config.critique_revision.draws > 1:
+        starts += [list(worked) for principle in asked for worked in compared(context.constitution, principle)]
+    return [start for start in starts if start]
 
 
 def _no_room(sampler, few_shots) -> UserError:

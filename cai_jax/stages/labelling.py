@@ -42,9 +42,8 @@ def opinions(
 ) -> list[Opinion]:
     """What a labeler says of every pair under its principles; kept in the shards `PREFIX-NAME`.
 
-    One pass over the pairs, or one for each start that requests share. A finished shard is read, not made again;
-    `driver` is called only if there is work. The stage that asks is `folder.stage`; seeds come from it and from the
-    ids of the pairs, which must differ.
+    A finished shard is read, not made again; `driver` is called only if there is work. The stage that asks is
+    `folder.stage`; seeds come from it and from the ids of the pairs, which must differ.
     """
     prefix, per_shard = f"{prefix}-{labeler.name}", context.config.preferences.rows_per_shard
 
@@ -54,30 +53,13 @@ def opinions(
         opinion = yield from labeler.compare(pair, under, seed)
         return _to_row(pair, under, labeler, opinion)
 
-    passes, found = _passes(labeler, principles, prefix), {}
-    left = sum(unfinished(folder, name, len(places), per_shard) for name, _, places in passes)
+    items = list(zip(pairs, principles, strict=True))
+    starts = labeler.starts(principles) if hasattr(labeler, "starts") else [labeler.preamble]
+    left = unfinished(folder, prefix, len(items), per_shard)
     title = f"{folder.stage}: labels, {labeler.name}"
     with context.progress.task(title, len(pairs), "pairs", done=len(pairs) - left) as task:
-        for name, shared, places in passes:
-            items = [(pairs[place], principles[place]) for place in places]
-            rows = make_rows(folder, name, items, per_shard, lambda: watch(driver(labeler), task), ask, shared)
-            found |= dict(zip(places, map(_from_row, rows), strict=True))
-    return [found[place] for place in range(len(pairs))]
-
-
-def _passes(labeler: Labeler, principles: Sequence[Sequence[Principle]], prefix: str) -> list[tuple]:
-    """(prefix of the shards, start that requests share, places of the pairs) of each pass."""
-    if not hasattr(labeler, "preamble_for"):
-        return [(prefix, labeler.preamble, range(len(principles)))]
-    groups = {}
-    for place, under in enumerate(principles):
-        shared = labeler.preamble_for(under)
-        groups.setdefault(content_hash(shared), (shared, []))[1].append(place)
-    several = len(groups) > 1
-    return [
-        (f"{prefix}-{number}" if several else prefix, shared, places)
-        for number, (shared, places) in enumerate(groups.values(), start=1)
-    ] or [(prefix, labeler.preamble, [])]
+        rows = make_rows(folder, prefix, items, per_shard, lambda: watch(driver(labeler), task), ask, starts)
+    return list(map(_from_row, rows))
 
 
 def _to_row(pair: Pair, principles: Sequence[Principle], labeler: Labeler, opinion: Opinion) -> dict:

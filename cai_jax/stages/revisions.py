@@ -38,6 +38,11 @@ def _flags(newest: str, critique: str | None, revision: dict) -> dict[str, bool]
     }
 
 
+def compared(constitution, principle) -> tuple:
+    """The worked answers of a principle's aim, and those of others, between which draws are told apart."""
+    return worked_answers(constitution, [principle]), unlike_answers(constitution, [principle])
+
+
 def choose(context, sampler, messages: list[dict], principle, drawn: list[dict]):
     """A row program: the place of the draw that worked answers before it make likeliest, and log-ratios.
 
@@ -51,7 +56,7 @@ def choose(context, sampler, messages: list[dict], principle, drawn: list[dict])
     ratios = None
     if len(drawn) > 1 and fit:
         texts = [drawn[i]["revision"]["text"] for i in fit]
-        worked = worked_answers(context.constitution, [principle]), unlike_answers(context.constitution, [principle])
+        worked = compared(context.constitution, principle)
         ratios = yield from log_ratios(sampler.model.tokenizer, sampler.fits, *worked, messages, texts, per_token=True)
     if ratios is None:
         return next(iter(fit), 0), {}

@@ -16,14 +16,14 @@ def make_rows(
     per_shard: int,
     sampler: Callable[[], Sampler],
     program: Callable,
-    shared: Sequence = (),
+    starts: Sequence[Sequence] = (),
     finish: Callable[[list], list[dict]] = lambda rows: rows,
 ) -> list[dict]:
     """The rows of all items, made by `program(item)`, a row program, for every shard that is not on disk yet.
 
     A finished shard is never made again, so a killed stage goes on with the ones that are missing. `sampler` is
-    called only if there is work; `shared` is the conversation start of most requests; `finish` may add to the rows of
-    a shard once they are all there.
+    called only if there is work; `starts` are the conversation starts that many requests share, that of most first;
+    `finish` may add to the rows of a shard once they are all there.
     """
     count = max(1, -(-len(items) // per_shard))
     missing = sorted(set(range(count)) - folder.finished_shards(prefix))
@@ -34,7 +34,8 @@ def make_rows(
         if not left[index]:
             folder.write_shard(index, count, [], prefix)
     if places:
-        for done, row in sampler().stream((program(items[place]) for place in places), shared):
+        programs = (program(items[place]) for place in places)
+        for done, row in sampler().stream(programs, *starts[:1], more=starts[1:]):
             index = places[done] // per_shard
             shards[index][done] = row
             if len(shards[index]) == left[index]:

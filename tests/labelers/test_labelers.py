@@ -226,7 +226,7 @@ def test_examples_of_two_aims_are_the_ratio_of_one_to_the_other(sampler, model, 
     principle = next(each for each in constitution.principles if each.aim == aim)
     labeler = Examples(Judge(model.tokenizer, "", sampler.max_length), c.Examples(), constitution)
     own, other = worked_answers(constitution, [principle]), unlike_answers(constitution, [principle])
-    assert own and other and labeler.preamble_for([principle]) == own and not labeler.own_principles
+    assert own and other and labeler.starts([[principle]]) == [own, other] and not labeler.own_principles
     for pair, opinion in zip(PAIRS, compare(sampler, labeler, PAIRS, [principle]), strict=True):
         ratios = []
         for text in (pair.response_a, pair.response_b):

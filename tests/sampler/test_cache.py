@@ -42,11 +42,11 @@ def test_all_strips_at_once_are_the_strips_one_by_one(model, length):
     config: ModelConfig = model.config
     slots, starts = [2, 0, 2, 1], [0, BLOCK + length, 2 * BLOCK, STRIP]
     real = np.arange(length) >= np.asarray([0, length // 2, 0, length])[:, None]  # of the last strip nothing
-    strips = Strips(*map(jnp.asarray, (np.zeros((4, length), np.int32), real, slots, starts, [0] * 4)))
+    strips = Strips(*map(jnp.asarray, (np.zeros((4, length), np.int32), real, slots, starts, [0] * 4, [0] * 4)))
     shape = config.n_kv_heads, 4, length, config.head_dim
     found = {}
     for platform in ("gpu", "tpu"):
-        layers = empty_cache(config, 3, 3 * BLOCK, 0, "float32", platform).own
+        layers = empty_cache(config, 3, 3 * BLOCK, (0,), "float32", platform).own
         layers = jax.tree.map(lambda array: array + 7.0, layers)
         rng = np.random.default_rng(0)
         new = tuple(as_entries(own, *rng.normal(size=(2, *shape)).astype(np.float32)) for own in layers)

@@ -64,6 +64,42 @@ def test_long_rows_over_many_blocks_and_a_prefix(oracles, family):
     assert sampler.counts.reused == 3 * len(prefix)
 
 
+@pytest.mark.parametrize("family", ["llama_tied", "mistral_swa", "gemma2", "gemma3_text"])
+def test_rows_go_from_one_shared_prefix_to_another(oracles, family):
+    """Generations and scores on three prefixes and on none, beside slots on others: as a plain forward pass."""
+    sampler = on_tokens(oracles / family)
+    rng = np.random.default_rng(0)
+    common = rng.integers(3, 120, 5).tolist()
+    prefixes = [common + rng.integers(3, 120, n).tolist() for n in (32, 140, 9)]
+    standing = [*prefixes, [119, 118]]
+
+    def stands_on(n, turn):
+        return standing[(n + turn * (1 + n % 3)) % 4]
+
+    def program(n):
+        found = []
+        for turn in range(5):
+            row = stands_on(n, turn) + np.random.default_rng([n, turn]).integers(3, 120, 7).tolist()
+            if turn % 2:
+                options = [[5, 6, 7], [5, 9], [11]]
+                scores = yield Score(row, options)
+                found += [(row, option, score) for option, score in zip(options, scores, strict=True)]
+            else:
+                sample = yield Generate(row, Sampling(max_new_tokens=9), seed=n)
+                found.append((row, sample.tokens, sample.logprobs))
+        return found
+
+    rows = sampler.stream(map(program, range(9)), prefixes[0], more=[*prefixes[1:], prefixes[0]])
+    for _, found in rows:
+        for row, tokens, logprobs in found:
+            expected = logprobs_after(sampler.model, [*row, *tokens])[len(row) - 1 : -1]
+            np.testing.assert_allclose(logprobs, expected[np.arange(len(tokens)), tokens], atol=1e-4)
+    assert sampler._cache.prefix_rooms == (128, 256, 128), "the prefix that came twice is there once"
+    begun = [stands_on(n, turn) for n in range(9) for turn in range(5)]
+    assert sampler.counts.reused >= sum(len(start) for start in begun if start in prefixes)
+    assert sum(name == "prefill" for name, *_ in sampler.programs) == 1
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_log_probs_of_sampled_tokens_are_those_of_a_full_forward_pass(oracles, temperature):
     io = np.load(oracles / "llama_tied" / "io.npz")

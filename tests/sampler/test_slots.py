@@ -22,25 +22,25 @@ def run_all(slot):
     return count
 
 
-@given(TOKENS, st.lists(TOKENS, min_size=1, max_size=6), st.booleans())
-def test_a_slot_holds_what_was_asked_and_runs_no_token_twice(prefix, requests, reuse):
+@given(st.lists(TOKENS, min_size=1, max_size=3), st.lists(TOKENS, min_size=1, max_size=6), st.booleans())
+def test_a_slot_holds_what_was_asked_and_runs_no_token_twice(prefixes, requests, reuse):
     slot, held = Slot(0), []
     for tokens in requests:
-        kept = slot.write(tokens, prefix, Sampling(), 0, reuse)
-        best = max(common_start(held, tokens[:-1]), common_start(prefix, tokens[:-1])) if reuse else 0
+        kept = slot.write(tokens, prefixes, Sampling(), 0, reuse)
+        best = max(common_start(start, tokens[:-1]) for start in [held, *prefixes]) if reuse else 0
         assert kept == best
         assert run_all(slot) == len(tokens) - 1 - kept
-        held = prefix[: slot.shared] + slot.own
+        held = prefixes[slot.prefix][: slot.shared] + slot.own
         assert held == tokens[:-1]
         slot.wrote([1, 2], [0.0, 0.0])
-        held = prefix[: slot.shared] + slot.own
+        held = prefixes[slot.prefix][: slot.shared] + slot.own
         assert held == [*tokens, 1]
 
 
 @given(TOKENS, st.lists(TOKENS, min_size=1, max_size=5), st.integers(1, 3))
 def test_every_token_of_every_option_is_asked_for_once(tokens, options, at_once):
     slot = Slot(0)
-    slot.score(tokens, options, [], True, at_once)
+    slot.score(tokens, options, [[]], True, at_once)
     answers = {}
     while slot.runs:
         run = slot.runs[0]

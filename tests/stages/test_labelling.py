@@ -234,14 +234,14 @@ def test_matched_principles_are_those_of_the_category_or_of_the_aim_of_the_set(t
     assert found["safe"] <= aims["helpful"] and len(found["safe"]) > 3
 
 
-def test_a_labeler_reads_the_worked_answers_of_the_aim_of_a_pair_in_a_pass_an_aim(tmp_path):
+def test_the_worked_answers_of_both_aims_are_run_once_for_all_pairs(tmp_path):
     given = run_context(tmp_path, labelers=("examples",), rows_per_shard=2)
     constitution = load_constitution("harmless_helpful")
     judge, seen = Judge(given.base.tokenizer, "model", 20_000), []
 
     class Watched(CannedSampler):
-        def stream(self, rows, shared=()):
-            seen.append(list(shared))
+        def stream(self, rows, shared=(), more=()):
+            seen.append([shared, *more])
             return super().stream(rows, shared)
 
     labeler = Examples(judge, given.config.preferences.examples, constitution)
@@ -249,9 +249,10 @@ def test_a_labeler_reads_the_worked_answers_of_the_aim_of_a_pair_in_a_pass_an_ai
     under = [[constitution.principle("no_scams" if n % 3 else "no_lecture")] for n in range(6)]
     folder = given.folder("preferences")
     asked = labelling.opinions(given, folder, labeler, pairs, under, lambda _: Watched(answers))
-    assert seen == [worked_answers(constitution, under[0]), worked_answers(constitution, under[1])]
-    rows = [*folder.read_shards("opinions-examples-1"), *folder.read_shards("opinions-examples-2")]
-    assert [row["id"] for row in rows] == ["p0", "p3", "p1", "p2", "p4", "p5"] and len(asked) == 6
+    of_aims = [worked_answers(constitution, under[n]) for n in (0, 1)]
+    assert len(seen) == 1 and sorted(map(str, seen[0])) == sorted(map(str, of_aims))
+    rows = folder.read_shards("opinions-examples")
+    assert [row["id"] for row in rows] == [pair.id for pair in pairs] and len(asked) == 6
     said = {row["id"]: json.loads(row["opinion"])["logit"] for row in rows}
     assert [opinion.logit for opinion in asked] == [said[pair.id] for pair in pairs]
     again = labelling.opinions(given, folder, labeler, pairs, under, lambda _: pytest.fail("asked again"))

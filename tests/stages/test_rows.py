@@ -35,7 +35,7 @@ class CannedSampler:
     def fits(self, conversation, new_tokens, prefix=()):
         return sum(len(turn["content"]) for turn in [*prefix, *conversation]) + new_tokens <= self.max_length
 
-    def stream(self, programs, shared=()):
+    def stream(self, programs, shared=(), more=()):
         for place, program in enumerate(programs):
             answer = None
             try:
