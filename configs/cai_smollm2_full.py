@@ -32,9 +32,9 @@ def config() -> c.Config:
         # All weights learn to tell unsafe prompts apart, and the anchor keeps what they knew. Whether to decline is
         # settled in an answer's first words, so that short anchors do.
         sft=c.Sft(
-            least_ratio=0.8, epochs=3, batch_size=4, sequence_length=256, share_start=True, anchor=1.0,
+            least_ratio=0.8, epochs=2, batch_size=4, sequence_length=256, share_start=True, anchor=1.0,
             helpful=dataclasses.replace(answer, max_new_tokens=16), rows_per_shard=64,
-            optimizer=c.Optimizer(learning_rate=5e-4), checkpoint_every=50,
+            optimizer=c.Optimizer(learning_rate=6e-4), checkpoint_every=50,
         ),
         preferences=c.Preferences(
             labelers=("examples",), matched=True, share=0.25, response=rollout, rows_per_shard=64,
