@@ -89,8 +89,12 @@ def test_rows_go_from_one_shared_prefix_to_another(oracles, family):
                 found.append((row, sample.tokens, sample.logprobs))
         return found
 
-    rows = sampler.stream(map(program, range(9)), prefixes[0], more=[*prefixes[1:], prefixes[0]])
-    for _, found in rows:
+    shared = prefixes[0], [*prefixes[1:], prefixes[0]]
+    rows = dict(sampler.stream(map(program, range(9)), *shared))
+    ((_, alone),) = sampler.stream([program(4)], *shared)
+    for (_, tokens, logprobs), (_, own_tokens, own) in zip(rows[4], alone, strict=True):
+        assert tokens == own_tokens and np.array_equal(logprobs, own), "to the bit, whoever stands on other prefixes"
+    for found in rows.values():
         for row, tokens, logprobs in found:
             expected = logprobs_after(sampler.model, [*row, *tokens])[len(row) - 1 : -1]
             np.testing.assert_allclose(logprobs, expected[np.arange(len(tokens)), tokens], atol=1e-4)
