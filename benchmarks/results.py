@@ -83,7 +83,7 @@ def record_of(run_dir: Path) -> list[dict]:
         lines += [
             {
                 "model": model, "set": row["set"], "id": row["id"], "kind": row["kind"],
-                "margin": round(row["margin"], 4), "refusal_log_odds": round(row["refusal_log_odds"], 4),
+                "margin": round(row["margin"], 4), "refusal_log_odds": row.get("refusal_log_odds"),
                 "tokens": row["response"]["tokens"], "repetition": round(row["repetition"], 4),
                 "loss": losses.get((row["set"], row["id"])),
             }
@@ -139,6 +139,8 @@ def separation(answers, model: str, column: str) -> str:
     found = []
     for seed in sorted({line["seed"] for line in answers}):
         own = [line for line in of(answers, model) if line["seed"] == seed]
+        if any(line.get(column) is None for line in own):
+            return "–"  # of an earlier version
         unsafe, safe = ([x[column] for x in own if (x["set"] == "red_team") == which] for which in (True, False))
         found.append(interval_text(auroc(unsafe, safe)))
     return "; ".join(found)

@@ -42,7 +42,7 @@ def main():
     piece = parse_slice(args.slice)
     mesh = planned_mesh(Mesh(data=1, fsdp=1, tensor=-1), piece)
     whole = SamplerShape(
-        with_layers(known_shape(args.model), args.layers), args.rows, args.length, args.prefix, "bfloat16"
+        with_layers(known_shape(args.model), args.layers), args.rows, args.length, (args.prefix,), "bfloat16"
     )
     start = time.monotonic()
     compiled = lower_decode(whole, mesh).compile()

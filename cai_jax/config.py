@@ -76,13 +76,13 @@ class Sft:
     mixer: tuple[str, ...] = ()  # SET=FRACTION of revisions, helpful, sets of conversations; (): all of the first two
     drop: tuple[str, ...] = NO_REVISIONS  # revisions that are not learnt from, by the flags of their rounds
     least_ratio: float = 0.0  # of several draws: how much likelier a token of the chosen one must have become, in nats,
-    # by the worked answers by which it was chosen
+    # by the worked answers by which it was chosen; 0: all are learnt from
     epochs: int = 1
     batch_size: int = 8  # packed sequences a step
     microbatches: int = 1
     sequence_length: int = 512
     share_start: bool = False  # what all prompts begin with, as a system prompt, once a row: fewer tokens, but plain
-    # attention on accelerators
+    # attention on TPUs
     helpful: Sampling = Sampling(max_new_tokens=128)
     # At each token of its own helpful answers the model learns, times this, the KL from the distribution that it had;
     # 0: the token that was drawn, as any other.

@@ -27,7 +27,7 @@ def validate(config: Config) -> None:
     _check_external(config)
     _check_dpo(config.dpo)
     _check_monitor(config)
-    parse_mixer(config.sft.mixer)
+    _check_sft(config)
     for name in REINFORCED:
         frozen_dtype = getattr(config, name).frozen_dtype
         if config.lora.rank and frozen_dtype:
@@ -36,6 +36,16 @@ def validate(config: Config) -> None:
     if config.ppo.kl_target and not config.ppo.kl_coef:
         raise UserError(f"ppo.kl_coef must be above 0 with ppo.kl_target={config.ppo.kl_target}: an adaptive "
                         "coefficient is multiplied, from there on")
+
+
+def _check_sft(config: Config) -> None:
+    sources = set(parse_mixer(config.sft.mixer))
+    if config.sft.anchor and not ("helpful" in sources and len(sources) > 1):
+        raise UserError(f"sft.anchor ({config.sft.anchor:g}) holds the model to its own helpful answers while it "
+                        "learns others: sft.mixer must have helpful and one more set")
+    if config.sft.least_ratio and config.critique_revision.draws == 1:
+        raise UserError(f"sft.least_ratio ({config.sft.least_ratio:g}) goes by how a revision was chosen among "
+                        "several: set critique_revision.draws above 1, or sft.least_ratio=0")
 
 
 def _check_fields(node, prefix: str) -> None:

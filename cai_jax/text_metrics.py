@@ -8,7 +8,6 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
-from itertools import islice
 
 KINDS = ("refusal", "answer", "degenerate", "empty")
 
@@ -228,11 +227,22 @@ def _opening(text: str) -> str:
     return "\n".join(kept)
 
 
+_ABBREVIATIONS = {"mr", "mrs", "ms", "dr", "prof", "st", "vs", "e.g", "i.e", "approx"}
+
+
 def first_sentences(text: str, count: int) -> str | None:
     """The text up to the end of its sentence number `count`; None where it has fewer that end.
 
-    A sentence ends with one of .!? before a space or the end, closing quotes and brackets with it, or with 。！ or ？.
+    A sentence ends with one of .!? before a space or the end, or with 。！ or ？, closing quotes and brackets with it;
+    not behind an abbreviation or the number of a list.
     """
-    ends = re.finditer(r"""[.!?]+["'”’)\]]*(?=\s|$)|[。！？]""", text)
-    end = next(islice(ends, count - 1, None), None)
-    return text[: end.end()] if end else None
+    start = 0
+    for end in re.finditer(r"""[.!?]+["'”’)\]]*(?=\s|$)|[。！？]+[」』”’）]*""", text):
+        words = text[start : end.start()].split()
+        last = words[-1].strip("\"'“‘(").lower() if words else ""
+        if last in _ABBREVIATIONS or (len(words) < 2 and not re.search(r"[^\W\d_]{2}", last)):
+            continue
+        start, count = end.end(), count - 1
+        if not count:
+            return text[: end.end()]
+    return None

@@ -23,14 +23,22 @@ from cai_jax import Sampler, Sampling, load_model
 from cai_jax import config as configs
 from cai_jax.mesh import make_mesh, put_rows, shardings
 from cai_jax.objectives.model_losses import sft_objective
+from cai_jax.sampler import Generate, Score
 from cai_jax.training.step import init_state, make_optimizer, make_schedule, make_train_step
 
 data, fsdp, tensor = json.loads(sys.argv[1])
 devices = jax.devices()[: data * fsdp * tensor]
 mesh = make_mesh(configs.Mesh(data, fsdp, tensor), devices)
 model = load_model("random:llama", shardings=lambda shapes: shardings(mesh, shapes))
-samples = Sampler(model, max_length=256, rows=8, mesh=mesh).generate(
-    [[{"role": "user", "content": f"Count to {i}."}] for i in range(8)], Sampling(temperature=0.0, max_new_tokens=12))
+sampler, greedy = Sampler(model, max_length=256, rows=8, mesh=mesh), Sampling(temperature=0.0, max_new_tokens=12)
+ask = lambda text: {"role": "user", "content": text}
+samples = sampler.generate([[ask(f"Count to {i}.")] for i in range(8)], greedy)
+starts = [[ask(f"{word} " * 9), {"role": "assistant", "content": "Yes."}] for word in ("one", "two")]
+def from_start_to_start(i):
+    sample = yield Generate([*starts[i // 3 % 2], ask(f"Count to {i}.")], greedy)
+    scores = yield Score([*starts[i % 2], ask(sample.text or "What?")], ["Yes", "No, never."])
+    return sample.tokens, [float(np.sum(score)) for score in scores]
+stood = [found for _, found in sorted(sampler.stream(map(from_start_to_start, range(16)), starts[0], starts[1:]))]
 schedule = make_schedule(configs.Optimizer(learning_rate=1e-2, schedule="constant", warmup_fraction=0.0), 2)
 # With a smaller eps Adam makes whole steps of gradients that are nothing but rounding, and these differ by mesh.
 optimizer = make_optimizer(configs.Optimizer(eps=1e-5), schedule)
@@ -45,7 +53,8 @@ for _ in range(3):
     state, metrics = step(state, put_rows(mesh, batch))
     losses.append([float(metrics["loss"]), float(metrics["grad_norm"])])
 split = sum(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state.opt_state))
-print(json.dumps({"tokens": [s.tokens for s in samples], "losses": losses, "split_moments": split}))
+print(json.dumps({"tokens": [[s.tokens for s in samples], [tokens for tokens, _ in stood]],
+                  "scores": [scores for _, scores in stood], "losses": losses, "split_moments": split}))
 """
 
 
@@ -68,6 +77,7 @@ def test_training_and_sampling_give_the_same_numbers_on_eight_devices():
     for shape in ((8, 1, 1), (2, 2, 2), (1, 4, 2)):
         split = on_devices(*shape)
         assert split["tokens"] == alone["tokens"]
+        np.testing.assert_allclose(split["scores"], alone["scores"], rtol=1e-4)
         np.testing.assert_allclose(split["losses"], alone["losses"], rtol=1e-5)
         assert (split["split_moments"] > 0) == (shape[1] * shape[2] > 1)
 
@@ -105,8 +115,13 @@ places = np.arange(T) - rng.integers(0, P, B)[:, None]
 rollouts = {"tokens": tokens, "positions": np.where((places >= 0) & (np.arange(T) < P + lengths[:, None]), places, -1),
             "mask": (np.arange(N) < lengths[:, None]).astype(np.int32), "old_logprobs": noise[0] * .1 - 5,
             "old_values": noise[1], "advantages": noise[2], "returns": noise[3]}
+other = jax.tree.map(lambda leaf: leaf * 1.1, policy.params)
+shared = {**packed, "segments": packed["segments"] * (np.arange(T) >= 3),
+          "targets": packed["targets"] * rng.integers(1, 3, (B, T))}
 work = {
     "sft": (losses.sft_objective(policy.config, attention=attention), {"p": policy.params}, packed),
+    "anchored": (losses.sft_objective(policy.config, attention=attention, anchor=0.7, share_start=True),
+                 {"p": {"policy": policy.params, "reference": other}}, shared),
     "pairwise": (losses.reward_objective(reward.config), {"p": reward.params},
                  {**pairs, "probability": rng.random(B).astype(np.float32), "real": real}),
     "ensemble": (losses.reward_objective(ensemble.config, margin=0.5), {"p": ensemble.params},

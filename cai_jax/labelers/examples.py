@@ -7,7 +7,6 @@ has worked answers of two aims, those of the other aim are the second context: a
 written in their manner gains, a refusal of a harmless request too (docs/results.md).
 """
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -53,13 +52,8 @@ class Examples:
     def starts(self, asked: Sequence[Sequence[Principle]]) -> list[Sequence[dict]]:
         """The worked answers before pairs under these principles, and those that they are against."""
         by_ids = {tuple(principle.id for principle in principles): principles for principles in asked}
-        times = Counter(tuple(principle.id for principle in principles) for principles in asked)
-        found, texts = Counter(), {}
-        for ids, count in times.items():
-            for worked in filter(None, self._worked(by_ids[ids])):
-                found[key := content_hash(worked)] += count
-                texts[key] = worked
-        return [texts[key] for key, _ in found.most_common()]
+        starts = [worked for principles in by_ids.values() for worked in self._worked(principles)]
+        return list({content_hash(worked): worked for worked in starts if worked}.values())
 
     def _worked(self, principles: Sequence[Principle]) -> tuple[Sequence[dict], Sequence[dict]]:
         """The worked answers of principles, and those of others."""

@@ -43,7 +43,7 @@ class Labeler(Protocol):
     the conversation start that most of its requests share; the sampler runs it once. `judge` is the model that it asks
     of the sampler; None where it asks none. One that goes by
     principles of its own, whatever it is asked about, has them as `own_principles`; one whose requests start according
-    to the principles has `starts(asked)`: of the principles of all pairs, the starts to share, that of most first.
+    to the principles has `starts(asked)`: the starts to share, for the principles of all pairs.
     """
 
     name: str

@@ -27,8 +27,8 @@ def sft_objective(
     also for `share_start`. The weight is the number of completion tokens.
 
     With an `anchor` above 0, `params` are `{"policy": ..., "reference": ...}`, and completion tokens that `targets`
-    marks with 2 count `anchor` times the KL from the reference's distribution instead (`sft.anchored_sum`); the metric
-    `anchor_kl` is this KL in nats, a mean over all completion tokens, as the loss is.
+    marks with 2 count `anchor` times the KL from the reference's distribution instead (`sft.anchored_sum`). Metrics are
+    then `anchor_share`, the share of such tokens, and `anchor_kl`, their KL in nats over all completion tokens.
     """
 
     def hidden_of(params, batch):
@@ -49,7 +49,7 @@ def sft_objective(
         start = jax.lax.stop_gradient(params["reference"])
         reference = head_weights(config, start), hidden_of(start, batch)
         loss, kl = sft.anchored_sum(*arrays, reference, anchor)
-        return loss, count, {"anchor_kl": kl}
+        return loss, count, {"anchor_kl": kl, "anchor_share": jnp.sum(marks_BT == 2, dtype=jnp.float32)}
 
     return objective
 

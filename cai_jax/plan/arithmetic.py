@@ -101,8 +101,8 @@ def prefill_work(shape: SamplerShape, mesh, context: float) -> Work:
 
 
 def share_work(shape: SamplerShape, mesh) -> Work:
-    """The copy of a prefix: read and written once."""
-    return Work(memory=2 * shape.prefix * _entry_bytes(shape, mesh))
+    """The copies of all prefixes: read and written once."""
+    return Work(memory=2 * sum(shape.prefixes) * _entry_bytes(shape, mesh))
 
 
 def pass_temporaries(config: ModelConfig, mesh, batch: Batch, itemsize: int) -> float:

@@ -102,19 +102,19 @@ class Run:
         return placed(state, shardings(self.mesh, state))
 
     @cached_property
-    def prefix(self) -> int:
-        """Room of the shared prefixes together, in the stage where they are longest."""
-        load = self.workload
-        starts = (load.preambles.get(stage, 0) + load.beside.get(stage, 0) for stage in self.config.stages)
-        longest = max(starts, default=0)
-        return ceil((longest + 1) / BLOCK) * BLOCK  # a template writes something before the first text
+    def prefixes(self) -> tuple[int, ...]:
+        """Rooms of the shared prefixes, in the stage where they are longest together."""
+        of_stages = [self.workload.starts.get(stage, (0,)) for stage in self.config.stages]
+        # A template writes something before the first text.
+        rooms = [tuple(ceil((tokens + 1) / BLOCK) * BLOCK for tokens in starts) for starts in of_stages]
+        return max(rooms, key=sum, default=(BLOCK,))
 
     def sampler(self, model: ModelConfig) -> SamplerShape:
         """The sampler of a model as `Context.sampler` makes it."""
         shape = self.config.sampler
         return SamplerShape(
-            model, shape.rows, min(shape.max_length, model.max_position), self.prefix, self.config.model.compute_dtype,
-            shape.int8_weights, shape.int8_cache, shape.prefill_tokens,
+            model, shape.rows, min(shape.max_length, model.max_position), self.prefixes,
+            self.config.model.compute_dtype, shape.int8_weights, shape.int8_cache, shape.prefill_tokens,
         )  # fmt: skip
 
 

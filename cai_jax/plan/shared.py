@@ -99,6 +99,8 @@ def train_program(
     if anchored:
         work.append(arithmetic.forward_work(passes[0][0], run.mesh, passes[0][1], run.itemsize))
     temporaries = [arithmetic.training_temporaries(*each) for each in sizes]
+    if anchored:
+        temporaries.append(arithmetic.pass_temporaries(passes[0][0], run.mesh, passes[0][1], run.itemsize))
 
     def lower():
         return make_train_step(objective, optimizer, schedule, run.mesh, state, microbatches).lower(state, batch, kept)

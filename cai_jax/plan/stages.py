@@ -50,7 +50,7 @@ def _critique_revision(run: Run) -> list[Program]:
     answer, revision = settings.response.max_new_tokens, settings.revision.max_new_tokens
     critique = settings.critique.max_new_tokens if settings.critiques else 0
     new_tokens = answer + settings.rounds * (critique + settings.draws * revision)
-    context = run.workload.preambles["critique_revision"] + prompt + answer + critique + revision / 2
+    context = max(run.workload.starts["critique_revision"]) + prompt + answer + critique + revision / 2
     prefilled = prompt + settings.rounds * (prompt + answer)  # each round asks about the newest revision
     if settings.draws > 1:  # all are scored after two sets of worked answers, which all rows share
         prefilled += settings.rounds * 2 * (prompt + settings.draws * revision)
@@ -101,7 +101,7 @@ def _preferences(run: Run) -> list[Program]:
     principles = settings.principles or run.workload.principles
     asked = settings.labelers, 2 if settings.orders == "both" else 1, principles
     new_tokens, prefilled = _label_tokens(run, *asked, prompt, 2 * answer)
-    context = run.workload.preambles["preferences"] + prompt + 2 * answer
+    context = max(run.workload.starts["preferences"]) + prompt + 2 * answer
     labels = Load.of(slots, pairs, new_tokens, prefilled, context)
     writer, reader = run.params(policy, "policy"), run.params(judge, "policy")
     beside = size(base) + (size(reader) if run.config.preferences.judge else 0)
@@ -118,7 +118,7 @@ def _judge(run: Run) -> list[Program]:
     principles = run.workload.principles if settings.principles == "all" else 1
     new_tokens, prefilled = _label_tokens(run, names, 2, principles, 0, gold.tokens)
     pleading = min(settings.pleas, gold.rows) * (len(PLEAS) + (1 + len(PLEAS)) * run.config.preferences.guard)
-    context = run.workload.preambles["preferences"] + gold.tokens
+    context = max(run.workload.starts["preferences"]) + gold.tokens
     load = Load.of(run.config.sampler.rows, gold.rows + pleading, new_tokens, prefilled, context)
     beside = size(base) + (size(judge) if run.config.preferences.judge else 0)
     return sampler_programs(run, "judge", reader, judge, beside, load, SCORING)

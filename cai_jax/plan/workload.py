@@ -30,8 +30,7 @@ class Workload:
     """What the stages of a run have to do, and what had to be assumed to say so."""
 
     prompts: dict[str, PromptCount]
-    preambles: dict[str, int]  # tokens of the worked examples that most requests begin with
-    beside: dict[str, int]  # tokens of the other starts that requests share: worked answers, and those of other aims
+    starts: dict[str, tuple[int, ...]]  # tokens of the conversation starts that the requests of a stage share
     principles: int
     gold: PromptCount  # pairs of the judge stage, a prompt with both responses
     assumptions: tuple[str, ...]
@@ -60,23 +59,36 @@ def workload_of(config: Config) -> Workload:
     if "red_team" in config.stages:
         assumed.append("stages after red_team have the prompts of the config alone, not those that it will write")
     constitution = load_constitution(config.constitution, config.principles)
-    by_aim = [constitution.worked([principle]) for principle in constitution.principles]
-    preambles = {
-        "critique_revision": max(map(_tokens, by_aim)),
-        "preferences": _tokens(constitution.preference_few_shots),
-    }
-    if compares := "examples" in (*config.preferences.labelers, *config.judge.also):
-        at_once = [[principle] for principle in constitution.principles]
-        if config.preferences.principles != 1 or config.judge.principles == "all":
-            at_once = [constitution.principles]
-        worked = max(_length(worked_answers(constitution, principles)) for principles in at_once)
-        preambles["preferences"] = max(preambles["preferences"], worked)
-    unlike = max(_length(unlike_answers(constitution, [principle])) for principle in constitution.principles)
-    beside = {
-        "critique_revision": (preambles["critique_revision"] // 2 + unlike) * (config.critique_revision.draws > 1),
-        "preferences": unlike * compares,
-    }
-    return Workload(sets, preambles, beside, len(constitution.principles), _gold(config, constitution), tuple(assumed))
+    starts = {"critique_revision": _revision_starts(config, constitution)}
+    starts["preferences"] = starts["judge"] = _label_starts(config, constitution)
+    return Workload(sets, starts, len(constitution.principles), _gold(config, constitution), tuple(assumed))
+
+
+def _revision_starts(config: Config, constitution: Constitution) -> tuple[int, ...]:
+    """The worked critiques of each aim of a round, and what draws are chosen by."""
+    matched = config.critique_revision.principles == "matched"
+    asked = constitution.matching("", "harmless") if matched else constitution.principles
+    of_aims = [[principle] for principle in {principle.aim: principle for principle in asked}.values()]
+    starts = [_tokens(constitution.worked(principles)) for principles in of_aims]
+    return (*starts, *(_compared(constitution, of_aims) if config.critique_revision.draws > 1 else ()))
+
+
+def _label_starts(config: Config, constitution: Constitution) -> tuple[int, ...]:
+    """The worked comparisons, and the worked answers where labels go by these."""
+    shown = _tokens(constitution.preference_few_shots)
+    if "examples" not in (*config.preferences.labelers, *config.judge.also):
+        return (shown,)
+    of_aims = [[principle] for principle in {p.aim: p for p in constitution.principles}.values()]
+    if config.preferences.principles != 1 or config.judge.principles == "all":
+        of_aims.append(list(constitution.principles))
+    return (shown, *_compared(constitution, of_aims))
+
+
+def _compared(constitution: Constitution, of_aims) -> list[int]:
+    """The worked answers of principles, and those of others, each once."""
+    own = [worked_answers(constitution, principles) for principles in of_aims]
+    others = [unlike_answers(constitution, principles) for principles in of_aims]
+    return [_length(turns) for turns in {str(turns): turns for turns in (*own, *others) if turns}.values()]
 
 
 def _length(turns) -> int:

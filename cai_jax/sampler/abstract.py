@@ -23,12 +23,12 @@ from cai_jax.sampler.weights import decoding_form, preparation
 
 @dataclass(frozen=True)
 class SamplerShape:
-    """All that decides the programs of a `Sampler` but the mesh. `prefix`: room of the shared prefixes together."""
+    """All that decides the programs of a `Sampler` but the mesh. `prefixes`: rooms of the shared prefixes."""
 
     config: ModelConfig
     rows: int
     length: int
-    prefix: int
+    prefixes: tuple[int, ...]
     dtype: str
     int8_weights: bool = False
     int8_cache: bool = False
@@ -48,7 +48,7 @@ def abstract_weights(shape: SamplerShape, mesh, platform: str) -> dict:
 def abstract_cache(shape: SamplerShape, mesh, platform: str) -> Cache:
     """The key/value cache, as shapes in their places."""
     dtype = entry_dtype(shape.dtype, shape.int8_cache, platform)
-    make = partial(empty_cache, shape.config, shape.rows, shape.length, (shape.prefix,), dtype, platform)
+    make = partial(empty_cache, shape.config, shape.rows, shape.length, shape.prefixes, dtype, platform)
     shapes = jax.eval_shape(make)
     return placed(shapes, cache_shardings(shape.config, mesh, shapes))
 
@@ -80,8 +80,8 @@ def lower_decode(shape: SamplerShape, mesh):
 
 
 def lower_share(shape: SamplerShape, mesh):
-    """The copy of a slot's first entries into the shared prefix, lowered."""
-    return decode.share.lower(mesh, _weights_and_cache(shape, mesh)[1], length=shape.prefix)
+    """The copy of a slot's first entries into the longest shared prefix, lowered."""
+    return decode.share.lower(mesh, _weights_and_cache(shape, mesh)[1], length=max(shape.prefixes))
 
 
 def strips_of_shard(prefill_tokens: int, mesh) -> int:

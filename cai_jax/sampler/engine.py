@@ -112,8 +112,7 @@ class Sampler:
     ) -> Iterator[tuple[int, object]]:
         """(place, what it returned) of each row program, as soon as it ends. Programs are taken up when a slot is free.
 
-        `prefix` is the conversation start that most requests begin with, `more` are others that many do; each is run
-        once.
+        `prefix` and each of `more` is a conversation start that many requests begin with; each is run once.
         """
         self._share(prefix, more)
         waiting = enumerate(rows)
@@ -275,8 +274,10 @@ class Sampler:
 
     def _share(self, messages, more=()) -> None:
         """Run conversation starts once and make them the shared prefixes."""
-        prefixes = [self._prefix_tokens(messages), *map(self._prefix_tokens, filter(None, more))]
-        prefixes = list(map(list, dict.fromkeys(map(tuple, prefixes)))) if self.reuse else [[]]
+        asked = [self._prefix_tokens(messages), *map(self._prefix_tokens, filter(None, more))] if self.reuse else []
+        asked = {tuple(tokens) for tokens in asked if len(tokens) < self.max_length}  # no request stands on others
+        # In one order, whoever asks: it decides the shapes.
+        prefixes = [list(tokens) for tokens in sorted(asked, key=lambda tokens: (-len(tokens), tokens))] or [[]]
         if self._cache is not None and prefixes == self._prefixes:
             return
         rooms = tuple(-(-len(tokens) // BLOCK) * BLOCK for tokens in prefixes)

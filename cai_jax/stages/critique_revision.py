@@ -25,7 +25,7 @@ from cai_jax.prompts import (
 from cai_jax.rules import explain, satisfies
 from cai_jax.sampler import Generate, several
 from cai_jax.similarity import Index
-from cai_jax.stages.revisions import choose, compared, shortened, told
+from cai_jax.stages.revisions import choose, compared, told
 from cai_jax.stages.rows import make_rows, mean, messages_of, sample_dict, unfinished, usable_prompts, watch
 from cai_jax.text_metrics import KINDS, classify_response
 
@@ -156,7 +156,7 @@ def _round(context, sampler, worked: Index, row, newest: str, number: int):
     revisions = yield from _revisions(context, sampler, preamble, row, newest, principle, remark, number)
     if not revisions:
         return None
-    drawn = [told(settings, worked, newest, remark, revision) for revision in revisions]
+    drawn = [told(context, worked, newest, remark, revision) for revision in revisions]
     place, ratios = yield from choose(context, sampler, messages, principle, drawn)
     flags = {
         "critique_truncated": bool(critique) and critique["truncated"],
@@ -196,14 +196,13 @@ def _revisions(context, sampler, preamble, row, newest: str, principle, critique
     if settings.reviser:
         asked = quoted_revision_request(messages, newest, principle, critique)
         revision = yield from _outside(context, row, asked, settings.revision, seed())
-        return [shortened(context, revision)] if revision else []
+        return [revision] if revision else []
     request = [*preamble, *revision_request(messages, newest, principle, critique)]
     if settings.critic and not sampler.fits(request, settings.revision.max_new_tokens):
         row["flags"]["context_full"] = True  # the endpoint counts its limit in other tokens
         return []
     seeds = [seed(), *(seed(i) for i in range(1, settings.draws))]
-    samples = yield from several(request, settings.revision, seeds)
-    return [shortened(context, sample_dict(sample)) for sample in samples]
+    return [sample_dict(sample) for sample in (yield from several(request, settings.revision, seeds))]
 
 
 def _outside(context, row, request, sampling, seed):

@@ -16,6 +16,7 @@ import numpy as np
 from cai_jax import statistics
 from cai_jax.chat import completion_ids, turn_end_id
 from cai_jax.config import Sampling
+from cai_jax.errors import UserError
 from cai_jax.models.pretrained import Model
 from cai_jax.prompts import COMPLIANCE_OPENINGS, REFUSAL_BEGINNINGS, REFUSAL_OPENINGS
 from cai_jax.sampler import Score, kl_bound, several
@@ -265,7 +266,9 @@ def _summary(rows, references, skipped) -> dict:
 
 
 def _auroc(name: str, unsafe, others) -> dict:
-    """How well a number of rows tells unsafe prompts from the others."""
+    """How well a number of rows tells unsafe prompts from the others; UserError for rows that were made without it."""
+    if any(name not in row for row in (*unsafe, *others)):
+        raise UserError(f"evaluate: rows of an earlier version have no {name}; --fresh --stages=evaluate makes others")
     return statistics.auroc(*([row[name] for row in rows] for rows in (unsafe, others)))
 
 

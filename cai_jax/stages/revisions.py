@@ -10,7 +10,27 @@ from cai_jax.text_metrics import classify_response, first_sentences
 _UNFIT = (*NO_REVISIONS, "revision_empty")
 
 
-def shortened(context, revision: dict) -> dict:
+def told(context, worked: Index, newest: str, critique: str | None, drawn: dict) -> dict:
+    """A revision and what can be said of it by rule; `newest` is what it revises, `worked` the worked revisions.
+
+    Whether it repeats something is asked of the whole text that was drawn, the rest of what is kept of it.
+    """
+    settings = context.config.critique_revision
+    kept, whole = _shortened(context, drawn), drawn["text"].strip()
+    overlap, _ = worked.nearest(drawn["text"])
+    kind = classify_response(kept["text"])
+    flags = {
+        "revision_truncated": kept["truncated"],
+        "revision_empty": not kept["text"].strip(),
+        "revision_unchanged": newest.strip() in (whole, kept["text"].strip()),
+        "revision_copies_critique": bool(critique and critique.strip()) and whole == critique.strip(),
+        "revision_copies_example": overlap >= settings.copy_overlap,
+        "revision_degenerate": kind == "degenerate",
+    }
+    return {"revision": kept, "kind": kind, "flags": flags}
+
+
+def _shortened(context, revision: dict) -> dict:
     """A revision with no more than `critique_revision.sentences`; what is cut off in time was not truncated."""
     count = context.config.critique_revision.sentences
     text = first_sentences(revision["text"], count) if count else None
@@ -18,24 +38,6 @@ def shortened(context, revision: dict) -> dict:
         return revision
     tokens = len(encode_text(context.base.tokenizer, text))
     return revision | {"text": text, "tokens": tokens, "truncated": False}
-
-
-def told(settings, worked: Index, newest: str, critique: str | None, revision: dict) -> dict:
-    """A revision and what can be said of it by rule; `newest` is what it revises, `worked` the worked revisions."""
-    overlap, _ = worked.nearest(revision["text"])
-    flags = _flags(newest, critique, revision) | {"revision_copies_example": overlap >= settings.copy_overlap}
-    return {"revision": revision, "kind": classify_response(revision["text"]), "flags": flags}
-
-
-def _flags(newest: str, critique: str | None, revision: dict) -> dict[str, bool]:
-    revised = revision["text"].strip()
-    return {
-        "revision_truncated": revision["truncated"],
-        "revision_empty": not revised,
-        "revision_unchanged": revised == newest.strip(),
-        "revision_copies_critique": bool(critique and critique.strip()) and revised == critique.strip(),
-        "revision_degenerate": classify_response(revised) == "degenerate",
-    }
 
 
 def compared(constitution, principle) -> tuple:

@@ -22,8 +22,8 @@ def make_rows(
     """The rows of all items, made by `program(item)`, a row program, for every shard that is not on disk yet.
 
     A finished shard is never made again, so a killed stage goes on with the ones that are missing. `sampler` is
-    called only if there is work; `starts` are the conversation starts that many requests share, that of most first;
-    `finish` may add to the rows of a shard once they are all there.
+    called only if there is work; `starts` are the conversation starts that many requests share; `finish` may add
+    to the rows of a shard once they are all there.
     """
     count = max(1, -(-len(items) // per_shard))
     missing = sorted(set(range(count)) - folder.finished_shards(prefix))

@@ -6,6 +6,8 @@
 from array import array
 from dataclasses import replace
 
+import jax.numpy as jnp
+
 from cai_jax.chat import completion_ids, encode_chat, encode_text, turn_end_id
 from cai_jax.conversation_sets import draw, parse_mixer
 from cai_jax.errors import UserError
@@ -43,7 +45,7 @@ def run(context, folder) -> dict:
     if not len(packing):
         raise UserError(f"sft: no example of {', '.join(kept)} can be used: {counters['empty_completion']} completions "
                         f"are empty and {counters['too_long']} exceed sft.sequence_length: raise that")
-    loss = objective(context.config, context.base.config, settings.anchor, settings.share_start)
+    loss = objective(context.config, context.base.config, settings.anchor, len(packing.start) > 0)
     flops = training_flops(context.base.config, 1, packing.mean_length, frozen=context.config.lora.rank > 0)
     if settings.anchor:
         flops += forward_flops(context.base.config, 1, packing.mean_length)
@@ -62,6 +64,7 @@ def run(context, folder) -> dict:
         "last_loss": metrics[-1]["loss"],
         "packing_efficiency": packing.efficiency,
         "packing_limit": packing.limit,
+        "shared_start": len(packing.start),
     }
 
 
@@ -82,7 +85,7 @@ def _revisions(context, counters, skipped) -> list[Example]:
                 rows[row_id] = row["messages"], entry["revision"]
     if not rows:
         raise UserError(f"sft: sft.drop ({', '.join(context.config.sft.drop)}) and sft.least_ratio "
-                        f"({context.config.sft.least_ratio:g}) leave no revision; drop less, or see "
+                        f"({context.config.sft.least_ratio:g}) leave no revision; drop less or lower it, or see "
                         "critique_revision/summary.json for what the revisions are")
     drawn = draw(list(rows), parse_mixer(context.config.sft.mixer)["revisions"], context.config.seed, "revisions")
     revisions = [(row_id, *row) for row_id, row in rows.items() if row_id in drawn]
@@ -98,7 +101,7 @@ def _revisions(context, counters, skipped) -> list[Example]:
 def _unlike(entry, least: float) -> bool:
     """Whether worked answers made the draw that became the revision likelier by less than `least`."""
     draw = entry["draws"][entry["chosen"]]
-    return draw["rated"] and draw["ratio"] < least
+    return least > 0 and draw["rated"] and draw["ratio"] < least
 
 
 def _turns(context, conversations, fraction, source):
@@ -170,8 +173,11 @@ def examples_of(tokenizer, rows, stage: str, limit: int, counters: dict, skipped
 
 
 def report_tokens(metrics) -> dict:
-    """Metrics of a step whose weight is a number of tokens."""
-    return {("tokens" if name == "weight" else name): value for name, value in metrics.items()}
+    """Metrics of a step whose weight is a number of tokens; the KL of anchors is a mean over their own."""
+    named = {("tokens" if name == "weight" else name): value for name, value in metrics.items()}
+    if "anchor_share" in named:
+        named["anchor_kl"] = named["anchor_kl"] / jnp.maximum(named["anchor_share"], 1e-9)
+    return named
 
 
 def objective(config, model, anchor=0.0, share_start=False):

@@ -4,6 +4,7 @@ A batch is a dict of arrays with rows first. Nothing here keeps state: the batch
 """
 
 import heapq
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -38,7 +39,7 @@ class Packing:
 
     def __init__(self, examples: Sequence[Example], length: int, share_start: bool = False):
         self.length = length
-        self.start = common_start([example.prompt for example in examples]) if share_start else ()
+        self.start = start_of_all([example.prompt for example in examples]) if share_start else ()
         order = sorted(examples, key=lambda e: (-len(e), e.prompt, e.completion))
         if order and len(order[0]) > length:
             raise ValueError(f"an example of {len(order[0])} tokens does not fit a sequence of {length}")
@@ -100,12 +101,10 @@ class Packing:
         return packed
 
 
-def common_start(prompts: Sequence[Sequence[int]]) -> Sequence[int]:
+def start_of_all(prompts: Sequence[Sequence[int]]) -> tuple[int, ...]:
     """The tokens that all prompts begin with, short of the last token of each, which predicts its completion."""
-    shortest, longest = min(prompts, default=()), max(prompts, default=())  # what these two share all do
-    pairs = enumerate(zip(shortest, longest, strict=False))
-    same = next((i for i, (a, b) in pairs if a != b), min(len(shortest), len(longest)))
-    return shortest[: max(0, min([same, *(len(prompt) - 1 for prompt in prompts)]))]
+    first, last = (list(end(prompts, default=())) for end in (min, max))  # what these two share all do
+    return tuple(os.path.commonprefix([first, last])[: min((len(prompt) - 1 for prompt in prompts), default=0)])
 
 
 def bins_of(sizes: Sequence[int], length: int) -> list[list[int]]:

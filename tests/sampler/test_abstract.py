@@ -35,8 +35,8 @@ def run():
         record("decode")
         sampler = Sampler(model, max_length=256, rows=4, mesh=mesh, prefill_tokens=64)
         sampler.generate([[{"role": "user", "content": "Count."}]], Sampling(max_new_tokens=2))
-    (prefix,) = sampler._cache.prefix_rooms
-    shape = abstract.SamplerShape(model.config, 4, 256, prefix, "float32", prefill_tokens=64)
+    prefixes = sampler._cache.prefix_rooms
+    shape = abstract.SamplerShape(model.config, 4, 256, prefixes, "float32", prefill_tokens=64)
     return sampler, shape, mesh, calls
 
 

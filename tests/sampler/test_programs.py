@@ -98,7 +98,7 @@ def test_rows_go_from_one_shared_prefix_to_another(oracles, family):
         for row, tokens, logprobs in found:
             expected = logprobs_after(sampler.model, [*row, *tokens])[len(row) - 1 : -1]
             np.testing.assert_allclose(logprobs, expected[np.arange(len(tokens)), tokens], atol=1e-4)
-    assert sampler._cache.prefix_rooms == (128, 256, 128), "the prefix that came twice is there once"
+    assert sampler._cache.prefix_rooms == (256, 128, 128), "the prefix that came twice is there once"
     begun = [stands_on(n, turn) for n in range(9) for turn in range(5)]
     assert sampler.counts.reused >= sum(len(start) for start in begun if start in prefixes)
     assert sum(name == "prefill" for name, *_ in sampler.programs) == 1

@@ -343,6 +343,8 @@ def test_what_is_no_revision_is_dropped_by_name(tmp_path):
 def test_a_revision_that_worked_answers_make_no_likelier_is_dropped_where_it_was_rated(tmp_path):
     counters, skipped = Counter(), []
     context = sft_context(tmp_path, *[completion() | {"ratio": ratio} for ratio in (-0.1, 0.3, 0.9)], completion())
+    assert len(sft._revisions(context, counters, skipped)) == 4 and not skipped, "without a least ratio all are learnt"
+    context.config = apply_overrides(context.config, ["sft.least_ratio=0.2"])
     assert len(sft._revisions(context, counters, skipped)) == 3
     assert skipped == [{"id": "rt-0/round-1", "reason": "unlike worked answers"}]
     context.config = apply_overrides(context.config, ["sft.least_ratio=0.5"])

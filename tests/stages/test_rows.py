@@ -19,7 +19,8 @@ from cai_jax.provenance import row_seed
 from cai_jax.run_folder import StageFolder
 from cai_jax.sampler import Generate, Sample
 from cai_jax.sampler.engine import Counts
-from cai_jax.stages import critique_revision, preferences
+from cai_jax.similarity import Index
+from cai_jax.stages import critique_revision, preferences, revisions
 from cai_jax.stages.critique_revision import checks
 
 SAMPLING = Sampling(max_new_tokens=10)
@@ -71,6 +72,10 @@ def context(sampler, red_team, max_length=1024, judge=""):
         folder=lambda stage: StageFolder("nowhere", stage),
         endpoint=None,
     )  # fmt: skip
+
+
+def completion(text):
+    return {"text": text, "tokens": len(text), "truncated": True}
 
 
 def sample(text, truncated=False):
@@ -135,6 +140,22 @@ def test_a_revision_keeps_so_many_sentences_and_is_not_cut_off_where_it_has_them
     assert revision == {"text": kept, "tokens": len(kept), "truncated": kept.endswith("Thr")}
     assert row["rounds"][0]["flags"]["revision_truncated"] == revision["truncated"]
     assert row["rounds"][1]["flags"]["revision_unchanged"], "the second round is told the same text again"
+
+
+def test_what_repeats_something_is_told_before_it_is_cut(tmp_path):
+    """The first sentence of a text alone is neither the whole response nor the whole worked revision."""
+    here = context(None, prompt_rows("Hi"))
+    here.config = replace(here.config, critique_revision=replace(here.config.critique_revision, sentences=1))
+    worked = Index([("w", "I keep it short, as you asked. It is a plain answer of few words.")])
+
+    def flags(text, newest="Sure, do it. Then run."):
+        told = revisions.told(here, worked, newest, "Too long. Cut it.", completion(text))
+        return {name for name, raised in told["flags"].items() if raised}
+
+    assert flags("Sure, do it. Then run.") == flags("Sure, do it. Then run.", "Sure, do it.") == {"revision_unchanged"}
+    assert flags("Too long. Cut it.") == {"revision_copies_critique"}
+    assert flags("I keep it short, as you asked. It is a plain answer of few words.") == {"revision_copies_example"}
+    assert flags("I keep it short. I will") == set()
 
 
 def test_a_chain_that_fills_the_context_keeps_its_rounds_and_says_so(tmp_path):

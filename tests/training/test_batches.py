@@ -13,9 +13,9 @@ from cai_jax.training.batches import (
     batch_rows,
     best_fit,
     bins_of,
-    common_start,
     fewest_bins,
     right_padded,
+    start_of_all,
     steps_per_epoch,
     take_rows,
     tight_fit,
@@ -191,6 +191,6 @@ def test_what_prompts_begin_with_stands_once_a_row():
     assert packing.efficiency <= packing.limit <= 1
 
 
-def test_a_common_start_leaves_every_prompt_a_token():
-    assert common_start([(1, 2, 3), (1, 2)]) == (1,) and common_start([(1, 2), (1, 2)]) == (1,)
-    assert common_start([]) == () and common_start([(1,), (1, 2)]) == () and common_start([(1, 2), (3, 2)]) == ()
+def test_a_start_of_all_leaves_every_prompt_a_token():
+    assert start_of_all([(1, 2, 3), (1, 2)]) == (1,) and start_of_all([(1, 2), (1, 2)]) == (1,)
+    assert start_of_all([]) == () and start_of_all([(1,), (1, 2)]) == () and start_of_all([(1, 2), (3, 2)]) == ()
