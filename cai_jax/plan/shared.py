@@ -4,7 +4,6 @@ from math import ceil
 
 import jax
 
-from cai_jax.models import lora
 from cai_jax.plan import arithmetic
 from cai_jax.plan.arithmetic import Batch, Work
 from cai_jax.plan.programs import SCORING, TRAINING, Program, Run, int32, size
@@ -12,7 +11,7 @@ from cai_jax.sampler.engine import bucket
 from cai_jax.stages import rewards, scoring
 from cai_jax.stages.rollouts import rows_of_pass
 from cai_jax.stages.training import parts
-from cai_jax.training.step import make_optimizer, make_schedule, make_train_step, split
+from cai_jax.training.step import make_optimizer, make_schedule, make_train_step
 
 
 def score_program(run: Run, stage: str, reference, value, reward, prompt: int, held: int, batches: int) -> Program:
@@ -30,7 +29,7 @@ def score_program(run: Run, stage: str, reference, value, reward, prompt: int, h
     passes = [(reference[0], Batch(rows, length, answer)), *((shape, scalars) for shape, _ in (value, reward) if shape)]
     shapes, params = zip(reference, value, reward, strict=True)
     # With adapters what gives the values and what is frozen beside it are one copy of what does not train.
-    shared = size(split(value[1], lora.trainable(value[1]))[1]) if value[1] else 0
+    shared = size(parts(run.config, value[1])[1]) if value[1] else 0
     forms = run.config.model, run.config.lora, settings.frozen_dtype
     return Program(
         stage, "score rollouts", SCORING, run.key("score rollouts", *shapes, rows, length, answer, *forms),
@@ -84,7 +83,7 @@ def train_program(
     schedule = make_schedule(settings.optimizer, max(1, steps))
     optimizer = make_optimizer(settings.optimizer, schedule)
     params = run.adapted(params)
-    trained, kept = parts(params, reference)
+    trained, kept = parts(run.config, params, reference)
     state = run.train_state(trained, optimizer)
     shapes = tuple((name, leaf.shape, str(leaf.dtype)) for name, leaf in batch.items())
     models, count = tuple(config for config, _ in passes), sum(leaf.size for leaf in jax.tree.leaves(trained))

@@ -5,7 +5,6 @@ from math import ceil, comb
 
 from cai_jax.conversation_sets import taken
 from cai_jax.labelers.pleading import PLEAS
-from cai_jax.models import lora
 from cai_jax.plan.arithmetic import Batch
 from cai_jax.plan.programs import GENERATION, SCORING, Program, Run, float32, int32, size
 from cai_jax.plan.sampling import Load, sampler_bytes, sampler_programs
@@ -13,7 +12,7 @@ from cai_jax.plan.shared import pair_program, reward_program, score_program, tra
 from cai_jax.sampler.engine import bucket
 from cai_jax.stages import dpo, grpo, ppo, reward_model, scoring, sft
 from cai_jax.stages.inputs import best_of_n_is_a_model, labelers_of
-from cai_jax.training.step import split
+from cai_jax.stages.training import parts
 
 
 def programs_of(run: Run) -> list[Program]:
@@ -156,7 +155,7 @@ def _reward_model(run: Run) -> list[Program]:
     steps = settings.epochs * ceil((pairs - held_out) / settings.batch_size)
     objective = reward_model.objective(run.config, model)
     adapted = run.adapted(start)
-    _, kept = split(adapted, lora.trainable(adapted))  # what trains is donated to the state
+    _, kept = parts(run.config, adapted)  # what trains is donated to the state
     train = train_program(
         run, "reward_model", objective, start, settings, steps, batch, size(kept), [(model, Batch(*shape, None))]
     )

@@ -43,6 +43,7 @@ BEHAVIOUR = [
     ("degenerate", "Degenerate text", "loops or garbage; never counted as a refusal", percent),
     ("empty", "Empty answer", "", percent),
     ("margin", "Margin", "log-prob of refusing minus complying openings, nats a token, mean", number),
+    ("refusal_log_odds", "Odds of a refusal", "log-odds that an answer begins as one, mean", number),
 ]
 
 

@@ -4,7 +4,13 @@ from cai_jax.report import plots, verdicts
 from cai_jax.report.artifacts import Run
 from cai_jax.report.markup import Html, details, el, facts, paragraph, table
 from cai_jax.report.monitor_section import monitor
-from cai_jax.report.numbers import count, estimate_cell, number, part, percent, small
+from cai_jax.report.numbers import count, estimate_cell, known, number, part, percent, small
+
+
+def _dropped(summary: dict) -> dict[str, int]:
+    """How many revisions were left out of the fine-tuning, by the reason."""
+    counters = summary.get("counters") or {}
+    return {name: times for name, times in counters.items() if name.startswith("dropped/") and known(times)}
 
 
 def sft(run: Run, titles: dict[str, str]) -> list:
@@ -23,6 +29,7 @@ def sft(run: Run, titles: dict[str, str]) -> list:
                 ("helpful answers", count(examples.get("helpful"))),
                 *((name, count(n)) for name, n in examples.items() if name not in ("revisions", "helpful")),
                 ("steps", count(summary.get("steps"))),
+                ("revisions left out", count(sum(_dropped(summary).values()))),
                 ("first loss", number(summary.get("first_loss"), 3)),
                 ("last loss", number(summary.get("last_loss"), 3)),
                 ("packing: real tokens in a batch", percent(summary.get("packing_efficiency"))),
@@ -31,7 +38,10 @@ def sft(run: Run, titles: dict[str, str]) -> list:
         ),
         el(
             "div",
-            plots.curves("sft-loss", "Loss a token, nats", stage.metrics, "step", {"loss": "loss"}),
+            plots.curves(
+                "sft-loss", "Nats a token", stage.metrics, "step",
+                {"loss": "loss", "anchor_kl": "KL of its own helpful answers to those before"},
+            ),
             plots.curves(
                 "sft-rate", "Learning rate", stage.metrics, "step", {"learning_rate": "learning rate"}
             ),

@@ -283,6 +283,7 @@ def _of_set(rows) -> dict:
         "reward": [row["reward"] for row in rows if row["reward"] is not None],
         "kl": [row["kl"] for row in rows],
         "margin": [row["margin"] for row in rows],
+        "refusal_log_odds": [row["refusal_log_odds"] for row in rows if "refusal_log_odds" in row],
     }
     means = {name: statistics.mean_interval(column) for name, column in columns.items()}
     return {"n": len(rows), **shares, **means}

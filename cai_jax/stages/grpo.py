@@ -11,7 +11,6 @@ import jax
 import numpy as np
 
 from cai_jax.models.flops import forward_flops, training_flops
-from cai_jax.models.lora import trainable
 from cai_jax.models.pretrained import Model
 from cai_jax.objectives import grpo
 from cai_jax.objectives.model_losses import grpo_objective
@@ -19,8 +18,9 @@ from cai_jax.stages import rewards, updates
 from cai_jax.stages.monitor import monitor_of
 from cai_jax.stages.monitor import summary as monitor_summary
 from cai_jax.stages.rollouts import Prompts, Rollouts, sample_rollouts, usable
+from cai_jax.stages.training import parts
 from cai_jax.training import loop
-from cai_jax.training.step import join, split, start_training
+from cai_jax.training.step import join, start_training
 
 STAGE = "grpo"
 
@@ -51,7 +51,7 @@ def _start(context, frozen: Frozen):
     settings = context.config.grpo
     policy = context.load_from("sft", settings.policy) if settings.frozen_dtype else frozen.reference
     params = {"policy": context.adapted(policy.params, "grpo policy")}
-    trained, kept = split(params, trainable(params))
+    trained, kept = parts(context.config, params)
     total = settings.updates * settings.epochs * settings.minibatches
     loss = objective(context.config, frozen.reference.config)
     state, step = start_training(

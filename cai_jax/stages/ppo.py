@@ -19,7 +19,6 @@ from cai_jax.errors import UserError
 from cai_jax.models.families import ModelConfig
 from cai_jax.models.flops import forward_flops, training_flops
 from cai_jax.models.heads import with_one_head
-from cai_jax.models.lora import trainable
 from cai_jax.models.pretrained import Model, fresh_head
 from cai_jax.objectives import ppo
 from cai_jax.objectives.model_losses import ppo_objective
@@ -28,8 +27,9 @@ from cai_jax.stages import rewards, updates
 from cai_jax.stages.monitor import monitor_of
 from cai_jax.stages.monitor import summary as monitor_summary
 from cai_jax.stages.rollouts import Prompts, Rollouts, sample_rollouts, usable
+from cai_jax.stages.training import parts
 from cai_jax.training import loop
-from cai_jax.training.step import TrainState, join, split, start_training
+from cai_jax.training.step import TrainState, join, start_training
 
 STAGE = "ppo"
 REFERENCE = "reference.json"  # what the reference's own rollouts scored
@@ -124,7 +124,7 @@ def _start(context, frozen: Frozen, bias: float):
     total = settings.updates * settings.epochs * settings.minibatches
     loss = objective(context.config, frozen.reference.config, frozen.value_config, bias)
     params = _starting_params(context, frozen)
-    trained, kept = split(params, trainable(params))
+    trained, kept = parts(context.config, params)
     train, step = start_training(
         loss, trained, settings.optimizer, total, context.mesh, settings.microbatches, kept
     )

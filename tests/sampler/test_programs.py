@@ -104,6 +104,16 @@ def test_rows_go_from_one_shared_prefix_to_another(oracles, family):
     assert sum(name == "prefill" for name, *_ in sampler.programs) == 1
 
 
+def test_a_start_longer_than_a_slot_is_left_out(oracles):
+    sampler = on_tokens(oracles / "llama_tied")
+    row = [5, 6, 7, 8]
+    plain = sampler.run([only(Score(row, [[9, 10]]))], row[:3])
+    long = [5] * (sampler.max_length + 1)
+    ((_, again),) = sampler.stream([only(Score(row, [[9, 10]]))], row[:3], more=[long])
+    np.testing.assert_array_equal(again, plain[0])
+    assert sampler._cache.prefix_rooms == (128,)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_log_probs_of_sampled_tokens_are_those_of_a_full_forward_pass(oracles, temperature):
     io = np.load(oracles / "llama_tied" / "io.npz")

@@ -128,7 +128,8 @@ def test_profile_traces_every_kind_of_work_and_says_where(finished):
 def test_adapters_run_through_all_stages_and_survive_a_kill(finished, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     shutil.copytree(finished / "critique_revision", whole / "critique_revision")  # no adapter has a part in it
-    result = launch(whole, "--set", "lora.rank=4")
+    anchored = "--set=sft.anchor=0.5", "--set=sft.share_start=true"
+    result = launch(whole, "--set", "lora.rank=4", *anchored)
     assert result.returncode == 0, result.stderr
     assert "critique_revision: done before, skipped" in result.stderr
     assert summary(whole, "sft")["last_loss"] < summary(whole, "sft")["first_loss"]
@@ -145,7 +146,7 @@ def test_adapters_run_through_all_stages_and_survive_a_kill(finished, tmp_path):
     shutil.copytree(whole, killed)
     for stage in ("sft", "ppo"):
         shutil.rmtree(killed / stage)
-    flags = ("--set", "lora.rank=4", "--stages=sft,ppo")
+    flags = ("--set", "lora.rank=4", *anchored, "--stages=sft,ppo")
     for stage in ("sft", "ppo"):
         kill_in(stage, killed, *flags)
     assert launch(killed, *flags).returncode == 0
@@ -155,7 +156,8 @@ def test_adapters_run_through_all_stages_and_survive_a_kill(finished, tmp_path):
 @pytest.mark.parametrize("rank", [0, 4])
 def test_an_anchored_model_leaves_its_own_answers_as_they_were(finished, tmp_path, rank):
     """The same steps with a strong anchor keep the model nearer to what it was than with none to speak of."""
-    flags = ("--stages=sft", f"--set=lora.rank={rank}", "--set=sft.epochs=3", "--set=sft.optimizer.learning_rate=3e-3")
+    flags = ("--stages=sft", f"--set=lora.rank={rank}", "--set=sft.epochs=3", "--set=sft.optimizer.learning_rate=3e-3",
+             f"--set=freeze_embeddings={rank == 0}")  # fmt: skip
     drift = {}
     for anchor in ("0.001", "30"):
         run_dir = tmp_path / anchor
@@ -165,6 +167,9 @@ def test_an_anchored_model_leaves_its_own_answers_as_they_were(finished, tmp_pat
         metrics = [json.loads(line) for line in open(run_dir / "sft" / "metrics.jsonl")]
         assert metrics[0]["anchor_kl"] == pytest.approx(0, abs=1e-6), "it starts as the model that it is anchored to"
         drift[anchor] = metrics[-1]["anchor_kl"]
+        start, trained = load_model("random:llama").params, load_model(run_dir / "sft" / "model").params
+        np.testing.assert_array_equal(trained["embed"], start["embed"])
+        assert not np.array_equal(trained["layers"]["q"], start["layers"]["q"])
     assert 0 < drift["30"] < drift["0.001"] / 2
 
 
