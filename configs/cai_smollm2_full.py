@@ -12,6 +12,7 @@ def config() -> c.Config:
     return c.Config(
         description="all shipped prompts and DPO beside PPO, SmolLM2-135M-Instruct, hours on two CPU cores",
         model=c.Model(str(c.cache_folder() / "SmolLM2-135M-Instruct"), compute_dtype="bfloat16"),
+        freeze_embeddings=True,
         stages=("critique_revision", "sft", "judge", "preferences", "reward_model", "ppo", "dpo", "evaluate"),
         prompts=c.Prompts(
             red_team=c.PromptSet("shipped:red_team", split="train", more=("shipped:red_team_more",)),
@@ -34,7 +35,7 @@ def config() -> c.Config:
         sft=c.Sft(
             least_ratio=0.8, epochs=2, batch_size=4, sequence_length=256, share_start=True, anchor=1.0,
             helpful=dataclasses.replace(answer, max_new_tokens=16), rows_per_shard=64,
-            optimizer=c.Optimizer(learning_rate=6e-4), checkpoint_every=50,
+            optimizer=c.Optimizer(learning_rate=3e-4), checkpoint_every=50,
         ),
         preferences=c.Preferences(
             labelers=("examples",), matched=True, share=0.25, response=rollout, rows_per_shard=64,
