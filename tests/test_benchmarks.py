@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shlex
 import sys
 from pathlib import Path
 
@@ -16,8 +17,11 @@ from cai_jax.config import PromptSet
 from cai_jax.gold import load_gold
 from cai_jax.models.byte_tokenizer import byte_tokenizer
 from cai_jax.models.gguf import convert_gguf
+from cai_jax.named_runs import load_config
+from cai_jax.overrides import apply_overrides
 from cai_jax.prompt_sets import load_prompts
 from cai_jax.prompts import critique_preamble, revision_request
+from cai_jax.stages.inputs import read_prompts
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 
@@ -323,3 +327,22 @@ def test_a_chain_of_the_benchmark_fits_its_context():
     longest = max(len(encode_chat(tokenizer, [{"role": "user", "content": p.critique_request + p.revision_request}]))
                   for p in principles)  # fmt: skip
     assert len(encode_chat(tokenizer, preamble)) + longest + 3 * work.CHAIN_TOKENS + 100 < work.CONTEXT
+
+
+def test_a_dev_split_holds_back_the_same_prompts_every_time_and_runs_as_a_config(tmp_path, monkeypatch, capsys):
+    split = part("dev_split")
+    monkeypatch.setattr(sys, "argv", ["dev_split.py", str(tmp_path / "dev")])
+    split.main()
+    out, err = capsys.readouterr()
+    names = [word.removeprefix("--set=") for word in shlex.split(out)]
+    config = apply_overrides(load_config("cai_smollm2_full")[1], names)
+    sets = read_prompts(config)
+    whole = read_prompts(load_config("cai_smollm2_full")[1])
+    for train, evaluated in (("red_team", ["red_team"]), ("helpful", ["helpful", "look_alike"])):
+        parts = [sets[train], *(sets[f"eval_{name}"] for name in evaluated)]
+        assert sum(len(part.rows) for part in parts) == len(whole[train].rows)
+        held = {message["content"] for part in parts[1:] for row in part.rows for message in row.messages}
+        assert 0.1 < len(held) / len(whole[train].rows) < 0.25
+    first = {file.name: file.read_bytes() for file in (tmp_path / "dev").iterdir()}
+    split.main()
+    assert first == {file.name: file.read_bytes() for file in (tmp_path / "dev").iterdir()} and "held back" in err
