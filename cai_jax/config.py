@@ -378,7 +378,6 @@ class Config:
     sampler: Sampler = Sampler()
     checkpoints: Checkpoints = Checkpoints()
     lora: Lora = Lora()
-    freeze_embeddings: bool = False  # no stage trains embedding and unembedding: Adam moves rows of rare tokens far
     endpoint: Endpoint = Endpoint()
     red_team: RedTeam = RedTeam()
     critique_revision: CritiqueRevision = CritiqueRevision()

@@ -28,8 +28,6 @@ def validate(config: Config) -> None:
     _check_dpo(config.dpo)
     _check_monitor(config)
     _check_sft(config)
-    if config.lora.rank and config.freeze_embeddings:
-        raise UserError("freeze_embeddings=true goes with lora.rank=0: adapters leave embeddings as they are")
     for name in REINFORCED:
         frozen_dtype = getattr(config, name).frozen_dtype
         if config.lora.rank and frozen_dtype:

@@ -12,7 +12,7 @@ def config() -> c.Config:
     return c.Config(
         description="all shipped prompts and DPO beside PPO, SmolLM2-135M-Instruct, hours on two CPU cores",
         model=c.Model(str(c.cache_folder() / "SmolLM2-135M-Instruct"), compute_dtype="bfloat16"),
-        freeze_embeddings=True,
+        lora=c.Lora(rank=32, alpha=32.0),
         stages=("critique_revision", "sft", "judge", "preferences", "reward_model", "ppo", "dpo", "evaluate"),
         prompts=c.Prompts(
             red_team=c.PromptSet("shipped:red_team", split="train", more=("shipped:red_team_more",)),
@@ -30,27 +30,27 @@ def config() -> c.Config:
             rounds=1, critiques=False, draws=4, sentences=1, principles="matched", response=answer, revision=revision,
             rows_per_shard=64,
         ),
-        # All weights learn to tell unsafe prompts apart, and the anchor keeps what they knew. Whether to decline is
-        # settled in an answer's first words, so that short anchors do.
+        # Whether to decline is settled in an answer's first words, so that short anchors do. All weights in place of
+        # adapters drift several times as far from what they are anchored to: docs/results.md.
         sft=c.Sft(
             least_ratio=0.8, epochs=2, batch_size=4, sequence_length=256, share_start=True, anchor=1.0,
             helpful=dataclasses.replace(answer, max_new_tokens=16), rows_per_shard=64,
-            optimizer=c.Optimizer(learning_rate=3e-4), checkpoint_every=50,
+            optimizer=c.Optimizer(learning_rate=2e-3), checkpoint_every=50,
         ),
         preferences=c.Preferences(
             labelers=("examples",), matched=True, share=0.25, response=rollout, rows_per_shard=64,
             filters=c.Filters(least_confidence=0.65),
         ),
         reward_model=c.RewardModel(
-            epochs=2, batch_size=16, max_length=192, optimizer=c.Optimizer(learning_rate=5e-5), checkpoint_every=20
+            epochs=2, batch_size=16, max_length=192, optimizer=c.Optimizer(learning_rate=5e-4), checkpoint_every=20
         ),
         ppo=c.Ppo(
             value_trunk="shared", updates=16, rollouts=48, epochs=1, minibatches=2, max_prompt_tokens=64,
             response=rollout, kl_coef=0.05, checkpoint_every=4,
-            optimizer=c.Optimizer(learning_rate=3e-5, schedule="linear", eps=1e-5),
+            optimizer=c.Optimizer(learning_rate=3e-4, schedule="linear", eps=1e-5),
         ),
         dpo=c.Dpo(
-            epochs=2, batch_size=16, max_length=192, optimizer=c.Optimizer(learning_rate=3e-5), checkpoint_every=20
+            epochs=2, batch_size=16, max_length=192, optimizer=c.Optimizer(learning_rate=3e-4), checkpoint_every=20
         ),
         checkpoints=c.Checkpoints(export="frontier"),
         monitor=c.Monitor(every=4, probes=12, response=c.Sampling(temperature=0.0, max_new_tokens=40)),

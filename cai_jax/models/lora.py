@@ -45,22 +45,17 @@ def _start(base, key, config: configs.Lora) -> Lora:
     return Lora(None, a_LIR, jnp.zeros((layers, config.rank, outputs)), config.alpha / config.rank)
 
 
-def trainable(params: dict, freeze_embeddings: bool = False) -> dict:
+def trainable(params: dict) -> dict:
     """For every leaf of a model, or of several by name, whether it trains.
 
-    All do, or all but embedding and unembedding; of a model with adapters only these and the score head.
+    All do, but of a model with adapters only these and the score head.
     """
     if "layers" not in params:
-        return {name: trainable(model, freeze_embeddings) for name, model in params.items()}
+        return {name: trainable(model) for name, model in params.items()}
     adapted = bool(adapters(params))
-
-    def trains(path, _):
-        name = leaf_name(path)
-        if adapted:
-            return name.endswith(("/a_IR", "/b_RO", "score"))
-        return not (freeze_embeddings and name in ("embed", "lm_head"))
-
-    return jax.tree_util.tree_map_with_path(trains, params)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: not adapted or leaf_name(path).endswith(("/a_IR", "/b_RO", "score")), params
+    )
 
 
 def adapters(params: dict) -> dict[str, Lora]:

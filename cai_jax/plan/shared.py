@@ -29,7 +29,7 @@ def score_program(run: Run, stage: str, reference, value, reward, prompt: int, h
     passes = [(reference[0], Batch(rows, length, answer)), *((shape, scalars) for shape, _ in (value, reward) if shape)]
     shapes, params = zip(reference, value, reward, strict=True)
     # With adapters what gives the values and what is frozen beside it are one copy of what does not train.
-    shared = size(parts(run.config, value[1])[1]) if value[1] else 0
+    shared = size(parts(value[1])[1]) if value[1] else 0
     forms = run.config.model, run.config.lora, settings.frozen_dtype
     return Program(
         stage, "score rollouts", SCORING, run.key("score rollouts", *shapes, rows, length, answer, *forms),
@@ -83,7 +83,7 @@ def train_program(
     schedule = make_schedule(settings.optimizer, max(1, steps))
     optimizer = make_optimizer(settings.optimizer, schedule)
     params = run.adapted(params)
-    trained, kept = parts(run.config, params, reference)
+    trained, kept = parts(params, reference)
     state = run.train_state(trained, optimizer)
     shapes = tuple((name, leaf.shape, str(leaf.dtype)) for name, leaf in batch.items())
     models, count = tuple(config for config, _ in passes), sum(leaf.size for leaf in jax.tree.leaves(trained))

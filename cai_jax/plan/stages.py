@@ -155,7 +155,7 @@ def _reward_model(run: Run) -> list[Program]:
     steps = settings.epochs * ceil((pairs - held_out) / settings.batch_size)
     objective = reward_model.objective(run.config, model)
     adapted = run.adapted(start)
-    _, kept = parts(run.config, adapted)  # what trains is donated to the state
+    _, kept = parts(adapted)  # what trains is donated to the state
     train = train_program(
         run, "reward_model", objective, start, settings, steps, batch, size(kept), [(model, Batch(*shape, None))]
     )

@@ -52,7 +52,7 @@ def fingerprint_of(context, stage: str) -> dict:
     flat = flatten(context.config)
     wanted = ("sampler.", "model.", f"{stage}.")
     if stage in TRAINING:
-        wanted += ("checkpoints.export", "lora.", "freeze_embeddings")
+        wanted += ("checkpoints.export", "lora.")
     draws = stage == "evaluate" and _draws_best_of_n(context)
     if draws:
         wanted += ("best_of_n.",)

@@ -51,7 +51,7 @@ def _start(context, frozen: Frozen):
     settings = context.config.grpo
     policy = context.load_from("sft", settings.policy) if settings.frozen_dtype else frozen.reference
     params = {"policy": context.adapted(policy.params, "grpo policy")}
-    trained, kept = parts(context.config, params)
+    trained, kept = parts(params)
     total = settings.updates * settings.epochs * settings.minibatches
     loss = objective(context.config, frozen.reference.config)
     state, step = start_training(

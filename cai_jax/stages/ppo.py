@@ -124,7 +124,7 @@ def _start(context, frozen: Frozen, bias: float):
     total = settings.updates * settings.epochs * settings.minibatches
     loss = objective(context.config, frozen.reference.config, frozen.value_config, bias)
     params = _starting_params(context, frozen)
-    trained, kept = parts(context.config, params)
+    trained, kept = parts(params)
     train, step = start_training(
         loss, trained, settings.optimizer, total, context.mesh, settings.microbatches, kept
     )

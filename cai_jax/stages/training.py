@@ -33,7 +33,7 @@ def train(
     """
     total = settings.epochs * steps_per_epoch(len(source), settings.batch_size)
     params = context.adapted(params, folder.stage)
-    trained, frozen = parts(context.config, params, reference)
+    trained, frozen = parts(params, reference)
     state, step = start_training(
         objective, trained, settings.optimizer, total, context.mesh, settings.microbatches, frozen, donate
     )
@@ -55,15 +55,12 @@ def train(
     return params if reference is None else params["policy"], metrics_log.read()
 
 
-def parts(config, params, reference=None):
+def parts(params, reference=None):
     """What of `params` trains and what is frozen, as `step.split` gives it; a `reference` model beside them is frozen.
-
-    `config` is that of the run.
 
     With one, `step.join` of the two gives `{"policy": params, "reference": reference}`.
     """
-    trains = trainable(params, config.freeze_embeddings)
     if reference is None:
-        return split(params, trains)
-    trains = {"policy": trains, "reference": jax.tree.map(lambda _: False, reference)}
+        return split(params, trainable(params))
+    trains = {"policy": trainable(params), "reference": jax.tree.map(lambda _: False, reference)}
     return split({"policy": params, "reference": reference}, trains)

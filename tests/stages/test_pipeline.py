@@ -156,8 +156,7 @@ def test_adapters_run_through_all_stages_and_survive_a_kill(finished, tmp_path):
 @pytest.mark.parametrize("rank", [0, 4])
 def test_an_anchored_model_leaves_its_own_answers_as_they_were(finished, tmp_path, rank):
     """The same steps with a strong anchor keep the model nearer to what it was than with none to speak of."""
-    flags = ("--stages=sft", f"--set=lora.rank={rank}", "--set=sft.epochs=3", "--set=sft.optimizer.learning_rate=3e-3",
-             f"--set=freeze_embeddings={rank == 0}")  # fmt: skip
+    flags = ("--stages=sft", f"--set=lora.rank={rank}", "--set=sft.epochs=3", "--set=sft.optimizer.learning_rate=3e-3")
     drift = {}
     for anchor in ("0.001", "30"):
         run_dir = tmp_path / anchor
@@ -167,9 +166,6 @@ def test_an_anchored_model_leaves_its_own_answers_as_they_were(finished, tmp_pat
         metrics = [json.loads(line) for line in open(run_dir / "sft" / "metrics.jsonl")]
         assert metrics[0]["anchor_kl"] == pytest.approx(0, abs=1e-6), "it starts as the model that it is anchored to"
         drift[anchor] = metrics[-1]["anchor_kl"]
-        start, trained = load_model("random:llama").params, load_model(run_dir / "sft" / "model").params
-        np.testing.assert_array_equal(trained["embed"], start["embed"])
-        assert not np.array_equal(trained["layers"]["q"], start["layers"]["q"])
     assert 0 < drift["30"] < drift["0.001"] / 2
 
 
