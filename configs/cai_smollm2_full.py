@@ -31,7 +31,7 @@ def config() -> c.Config:
             rows_per_shard=64,
         ),
         # Whether to decline is settled in an answer's first words, so that short anchors do. All weights in place of
-        # adapters drift several times as far from what they are anchored to: docs/results.md.
+        # adapters drift two to four times as far from what they are anchored to: docs/results.md.
         sft=c.Sft(
             least_ratio=0.8, epochs=2, batch_size=4, sequence_length=256, share_start=True, anchor=1.0,
             helpful=dataclasses.replace(answer, max_new_tokens=16), rows_per_shard=64,
