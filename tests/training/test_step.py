@@ -98,7 +98,7 @@ def test_a_start_that_rows_share_trains_as_one_of_each_example(model, anchor):
     assert len(shared["tokens"]) < len(pack(rows, 40)["tokens"])
     (ours, (count, sums)), gradients = loss(True, shared)
     (own, (own_count, own_sums)), own_gradients = loss(False, unpacked(rows))
-    assert count == own_count == 6 * len(rows) and set(sums) == ({"anchor_kl"} if anchor else set())
+    assert count == own_count == 6 * len(rows) and set(sums) == ({"anchor_kl", "anchor_share"} if anchor else set())
     leaves = (jax.tree.leaves(found) for found in ((ours, sums, gradients), (own, own_sums, own_gradients)))
     for a, b in zip(*leaves, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
