@@ -22,10 +22,10 @@ demo: model
 	$(RUN) -m cai_jax.launch --config=cai_smollm2
 
 test: env
-	$(RUN) -m pytest --numprocesses=2 --dist=loadfile
+	$(RUN) -m pytest --numprocesses=2 --dist=loadfile --max-worker-restart=0
 
 test-all: env
-	$(RUN) -m pytest --numprocesses=2 --dist=loadfile -m ''
+	$(RUN) -m pytest --numprocesses=2 --dist=loadfile --max-worker-restart=0 -m ''
 
 bench: model
 	$(RUN) benchmarks/sampler.py

@@ -26,7 +26,7 @@ from cai_jax.named_runs import load_config  # noqa: E402
 from cai_jax.prompt_sets import load_prompts  # noqa: E402
 from cai_jax.statistics import auroc  # noqa: E402
 
-ROWS, TOKENS = 32, 96  # of a pass; longer prompts are cut
+ROWS, TOKENS, PAD = 32, 96, 16  # of a pass; longer prompts are cut, shorter ones padded to a multiple of PAD
 RIDGES = (1.0, 3.0, 10.0)
 
 
@@ -60,16 +60,20 @@ def features(model, prompts) -> np.ndarray:
         last_BD = hidden_BTD[jnp.arange(len(count_B)), count_B - 1]
         return jnp.concatenate([last_BD, (hidden_BTD * real_BT1).sum(1) / count_B[:, None]], axis=1)
 
-    parts = []
-    for start in range(0, len(prompts), ROWS):
-        tokens_BT = np.zeros((ROWS, TOKENS), np.int32)
-        positions_BT = np.full((ROWS, TOKENS), -1, np.int32)
+    chats = [encode_chat(model.tokenizer, list(p.messages), add_generation_prompt=True)[-TOKENS:] for p in prompts]
+    order = sorted(range(len(chats)), key=lambda index: len(chats[index]))  # rows of a pass are about as long
+    rows = {}
+    for start in range(0, len(order), ROWS):
+        taken = order[start : start + ROWS]
+        length = -(-len(chats[taken[-1]]) // PAD) * PAD
+        tokens_BT = np.zeros((ROWS, length), np.int32)
+        positions_BT = np.full((ROWS, length), -1, np.int32)
         positions_BT[:, 0] = 0  # a row without a prompt has one token
-        for row, prompt in enumerate(prompts[start : start + ROWS]):
-            ids = encode_chat(model.tokenizer, list(prompt.messages), add_generation_prompt=True)[-TOKENS:]
+        for row, index in enumerate(taken):
+            ids = chats[index]
             tokens_BT[row, : len(ids)], positions_BT[row, : len(ids)] = ids, np.arange(len(ids))
-        parts.append(np.asarray(states(tokens_BT, positions_BT)))
-    return np.concatenate(parts)[: len(prompts)]
+        rows |= zip(taken, np.asarray(states(tokens_BT, positions_BT)), strict=False)
+    return np.stack([rows[index] for index in range(len(prompts))])
 
 
 def measured(found, share: float, rng) -> list[float]:

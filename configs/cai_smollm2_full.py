@@ -6,7 +6,7 @@ from cai_jax import config as c
 
 
 def config() -> c.Config:
-    revision = c.Sampling(temperature=0.5, max_new_tokens=28)
+    revision = c.Sampling(temperature=0.5, max_new_tokens=24)
     answer = c.Sampling(temperature=1.0, top_p=0.95, max_new_tokens=32)
     rollout = c.Sampling(temperature=1.0, max_new_tokens=32)
     return c.Config(
@@ -24,16 +24,17 @@ def config() -> c.Config:
             eval_look_alike=c.PromptSet("shipped:look_alike", split="eval"),
         ),
         sampler=c.Sampler(rows=32, max_length=2048),
-        # A 135M model takes up the form of the worked revisions more often where no critique stands between, of several
-        # drafts the best is far better than one, and what it writes after its first sentence is noise: docs/results.md.
+        # A 135M model takes up the form of the worked revisions more often where no critique stands between, and what
+        # it writes after its first sentence is noise. More different prompts teach more than more drafts of each, or
+        # more passes over them: docs/results.md.
         critique_revision=c.CritiqueRevision(
-            rounds=1, critiques=False, draws=4, sentences=1, principles="matched", response=answer, revision=revision,
-            rows_per_shard=64,
+            rounds=1, critiques=False, draws=2, sentences=1, principles="matched", revision=revision, rows_per_shard=64,
+            response=dataclasses.replace(answer, max_new_tokens=24),
         ),
         # Whether to decline is settled in an answer's first words, so that short anchors do. All weights in place of
         # adapters drift two to four times as far from what they are anchored to: docs/results.md.
         sft=c.Sft(
-            least_ratio=0.8, epochs=2, batch_size=4, sequence_length=256, share_start=True, anchor=1.0,
+            least_ratio=0.8, batch_size=4, sequence_length=256, share_start=True, anchor=1.0,
             helpful=dataclasses.replace(answer, max_new_tokens=16), rows_per_shard=64,
             optimizer=c.Optimizer(learning_rate=2e-3), checkpoint_every=50,
         ),
@@ -49,9 +50,7 @@ def config() -> c.Config:
             response=rollout, kl_coef=0.05, checkpoint_every=4,
             optimizer=c.Optimizer(learning_rate=3e-4, schedule="linear", eps=1e-5),
         ),
-        dpo=c.Dpo(
-            epochs=2, batch_size=16, max_length=192, optimizer=c.Optimizer(learning_rate=3e-4), checkpoint_every=20
-        ),
+        dpo=c.Dpo(batch_size=16, max_length=192, optimizer=c.Optimizer(learning_rate=3e-4), checkpoint_every=20),
         checkpoints=c.Checkpoints(export="frontier"),
         monitor=c.Monitor(every=4, probes=12, response=c.Sampling(temperature=0.0, max_new_tokens=40)),
         evaluate=c.Evaluate(response=c.Sampling(temperature=0.0, max_new_tokens=64), rows_per_shard=64),

@@ -8,14 +8,16 @@ import re
 from collections import Counter
 
 import datasets
+import numpy as np
 import pytest
+import scipy.sparse
 
 from cai_jax import config
 from cai_jax.errors import UserError
 from cai_jax.prompt_sets import check_disjoint, load_prompts, with_unique_ids
 
 SHIPPED = {"red_team": (256, 0.3), "helpful": (256, 0.3), "look_alike": (256, 0.24)}  # rows at least, eval share
-MORE = {"red_team_more": 648, "look_alike_more": 960, "helpful_more": 192}  # to train on alone
+MORE = {"red_team_more": 2280, "look_alike_more": 2700, "helpful_more": 480}  # to train on alone
 ROWS = [
     {"id": "a", "category": "x", "split": "train", "prompt": "What is a 'loom'?\nIn short, please."},
     {"id": "b", "category": "y", "split": "train", "prompt": "NA"},
@@ -94,13 +96,16 @@ def test_no_near_duplicates_between_any_two_shipped_prompts():
         for name in (*SHIPPED, *MORE)
         for prompt in load(f"shipped:{name}").rows
     ]
-    words = [(id_, frozenset(re.findall(r"\w+", text.casefold()))) for id_, text in prompts]
-    close = [
-        (left_id, right_id)
-        for index, (left_id, left) in enumerate(words)
-        for right_id, right in words[:index]
-        if len(left & right) >= 0.6 * len(left | right)
-    ]
+    words = [set(re.findall(r"\w+", text.casefold())) for _, text in prompts]
+    column = {word: index for index, word in enumerate(sorted(set().union(*words)))}
+    has = scipy.sparse.lil_array((len(words), len(column)), dtype=np.float32)
+    for row, those in enumerate(words):
+        has[row, [column[word] for word in those]] = 1
+    has = has.tocsr()
+    both = scipy.sparse.triu(has @ has.T, k=1).tocoo()
+    counts = np.array([len(those) for those in words])
+    near = both.data >= 0.6 * (counts[both.row] + counts[both.col] - both.data)
+    close = [(prompts[i][0], prompts[j][0]) for i, j in zip(both.row[near], both.col[near], strict=True)]
     assert not close
 
 

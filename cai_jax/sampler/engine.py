@@ -289,10 +289,11 @@ class Sampler:
             self._cache = new_cache(
                 self.model.config, self.rows, self.max_length, rooms, self._cache_dtype, self.mesh
             )
-        self._prefixes = prefixes
+        self._prefixes = []  # should a prefix fail to run, none counts as shared
         for number, tokens in enumerate(prefixes):
             if tokens:
                 self._share_one(number, tokens)
+        self._prefixes = prefixes
 
     def _share_one(self, number: int, tokens: list[int]) -> None:
         firsts = [group[0] for group in self._groups()]
