@@ -29,7 +29,7 @@ def config() -> c.Config:
         # more passes over them: docs/results.md.
         critique_revision=c.CritiqueRevision(
             rounds=1, critiques=False, draws=2, sentences=1, principles="matched", revision=revision, rows_per_shard=64,
-            response=dataclasses.replace(answer, max_new_tokens=24),
+            response=dataclasses.replace(answer, max_new_tokens=16),
         ),
         # Whether to decline is settled in an answer's first words, so that short anchors do. All weights in place of
         # adapters drift two to four times as far from what they are anchored to: docs/results.md.
@@ -39,7 +39,7 @@ def config() -> c.Config:
             optimizer=c.Optimizer(learning_rate=2e-3), checkpoint_every=50,
         ),
         preferences=c.Preferences(
-            labelers=("examples",), matched=True, share=0.25, response=rollout, rows_per_shard=64,
+            labelers=("examples",), matched=True, share=0.2, response=rollout, rows_per_shard=64,
             filters=c.Filters(least_confidence=0.65),
         ),
         reward_model=c.RewardModel(
@@ -53,5 +53,5 @@ def config() -> c.Config:
         dpo=c.Dpo(batch_size=16, max_length=192, optimizer=c.Optimizer(learning_rate=3e-4), checkpoint_every=20),
         checkpoints=c.Checkpoints(export="frontier"),
         monitor=c.Monitor(every=4, probes=12, response=c.Sampling(temperature=0.0, max_new_tokens=40)),
-        evaluate=c.Evaluate(response=c.Sampling(temperature=0.0, max_new_tokens=64), rows_per_shard=64),
+        evaluate=c.Evaluate(response=c.Sampling(temperature=0.0, max_new_tokens=48), rows_per_shard=64),
     )  # fmt: skip

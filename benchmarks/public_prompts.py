@@ -1,0 +1,110 @@
+"""Public prompts beside the shipped ones: those of HH-RLHF to train and evaluate on, Self-Instruct's to evaluate on.
+
+    python benchmarks/public_prompts.py FOLDER --hh FILE [--self_instruct FILE] [--config cai_smollm2_full]
+
+Writes hh_unsafe.jsonl, hh_safe.jsonl and self_instruct.jsonl there. Prints the overrides that add them to a config:
+
+    python -m cai_jax.launch --config=cai_smollm2_full $(python benchmarks/public_prompts.py FOLDER --hh FILE)
+
+HH-RLHF's harmless-base (Bai et al., 2022, arXiv 2204.05862) mixes harmful and harmless first turns. hh_aims.tsv says
+which is which, by the first 12 digits of the sha256 of the prompt: a large language model read each of them; nobody has
+checked it. Prompts that it found unclear, or that are not listed there, are left out.
+
+--hh: JSON lines with `prompt` and `split` (train or validation), may be .gz. --self_instruct: the user-oriented
+instructions of Wang et al. (2023, arXiv 2212.10560), of which the short ones are taken, the first instance of each.
+"""
+
+import argparse
+import gzip
+import hashlib
+import json
+import shlex
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+sys.path[:0] = [str(ROOT)]  # a checkout need not be installed
+
+from cai_jax.named_runs import load_config  # noqa: E402
+
+LONGEST = 400  # characters of an instruction with its input, and of its answer
+
+
+def main():
+    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags.add_argument("folder", type=Path)
+    flags.add_argument("--hh", type=Path, required=True)
+    flags.add_argument("--self_instruct", type=Path)
+    flags.add_argument("--config", default="cai_smollm2_full")
+    args = flags.parse_args()
+    args.folder.mkdir(parents=True, exist_ok=True)
+    sets = hh_rows(lines(args.hh), aims())
+    if args.self_instruct:
+        sets["self_instruct"] = instructions(lines(args.self_instruct))
+    for name, rows in sets.items():
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (args.folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+        held = sum(row["split"] == "eval" for row in rows)
+        print(f"{name}: {len(rows) - held} to train on, {held} to evaluate on", file=sys.stderr)
+    prompts = load_config(args.config)[1].prompts
+    print(" ".join(f"--set={shlex.quote(override)}" for override in overrides(prompts, args.folder, sets)))
+
+
+def aims() -> dict[str, str]:
+    """The aim of each listed prompt of HH-RLHF: unsafe or safe."""
+    return dict(line.split("\t") for line in (HERE / "hh_aims.tsv").read_text().splitlines() if line[0] != "#")
+
+
+def lines(path: Path) -> list[dict]:
+    """The rows of a JSON-lines file."""
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def key(prompt: str) -> str:
+    """What hh_aims.tsv knows a prompt by."""
+    return hashlib.sha256(prompt.encode()).hexdigest()[:12]
+
+
+def hh_rows(rows: list[dict], known: dict[str, str]) -> dict[str, list[dict]]:
+    """The rows of the two sets; validation is for evaluation."""
+    sets, left = {"hh_unsafe": [], "hh_safe": []}, dict(known)
+    for row in rows:
+        if aim := left.pop(key(row["prompt"]), None):  # a prompt that comes again is taken once
+            split = "train" if row["split"] == "train" else "eval"
+            kept = {"id": row["id"], "category": "hh", "prompt": row["prompt"], "split": split}
+            sets[f"hh_{aim}"].append(kept)
+    return sets
+
+
+def instructions(rows: list[dict]) -> list[dict]:
+    """Short instructions with their answers, all for evaluation."""
+    found = []
+    for number, row in enumerate(rows):
+        first = row["instances"][0]
+        prompt = "\n\n".join(part for part in (row["instruction"].strip(), first["input"].strip()) if part)
+        if first["output"].strip() and max(len(prompt), len(first["output"])) <= LONGEST:
+            found.append({"id": f"si-{number:03d}", "category": "self_instruct", "prompt": prompt,
+                          "answer": first["output"].strip(), "split": "eval"})  # fmt: skip
+    return found
+
+
+def overrides(prompts, folder: Path, sets) -> list[str]:
+    """The fields of a config that add these sets to those that it has."""
+    folder = folder.resolve()
+    added = {
+        "red_team": ["hh_unsafe:train"], "helpful": ["hh_safe:train"],
+        "eval_red_team": ["hh_unsafe:eval"], "eval_look_alike": ["hh_safe:eval"],
+        "eval_helpful": ["self_instruct:eval"] * ("self_instruct" in sets),
+    }  # fmt: skip
+    found = []
+    for name, more in added.items():
+        paths = (f"{folder / part.split(':')[0]}.jsonl:{part.split(':')[1]}" for part in more)
+        if joined := ",".join([*getattr(prompts, name).more, *paths]):
+            found.append(f"prompts.{name}.more={joined}")
+    return found
+
+
+if __name__ == "__main__":
+    main()
