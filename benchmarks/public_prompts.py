@@ -92,17 +92,16 @@ def instructions(rows: list[dict]) -> list[dict]:
 
 def overrides(prompts, folder: Path, sets) -> list[str]:
     """The fields of a config that add these sets to those that it has."""
-    folder = folder.resolve()
     added = {
-        "red_team": ["hh_unsafe:train"], "helpful": ["hh_safe:train"],
-        "eval_red_team": ["hh_unsafe:eval"], "eval_look_alike": ["hh_safe:eval"],
-        "eval_helpful": ["self_instruct:eval"] * ("self_instruct" in sets),
+        "red_team": "hh_unsafe:train", "helpful": "hh_safe:train", "eval_red_team": "hh_unsafe:eval",
+        "eval_look_alike": "hh_safe:eval", "eval_helpful": "self_instruct:eval",
     }  # fmt: skip
     found = []
-    for name, more in added.items():
-        paths = (f"{folder / part.split(':')[0]}.jsonl:{part.split(':')[1]}" for part in more)
-        if joined := ",".join([*getattr(prompts, name).more, *paths]):
-            found.append(f"prompts.{name}.more={joined}")
+    for field, source in added.items():
+        name, split = source.split(":")
+        if any(row["split"] == split for row in sets.get(name, [])):
+            more = [*getattr(prompts, field).more, f"{folder.resolve() / name}.jsonl:{split}"]
+            found.append(f"prompts.{field}.more={','.join(more)}")
     return found
 
 
