@@ -34,7 +34,7 @@ def config() -> c.Config:
         # Whether to decline is settled in an answer's first words, so that short anchors do. All weights in place of
         # adapters drift two to four times as far from what they are anchored to: docs/results.md.
         sft=c.Sft(
-            least_ratio=0.8, batch_size=4, sequence_length=256, share_start=True, anchor=1.0,
+            least_ratio=0.8, batch_size=4, sequence_length=256, share_start=True, anchor=2.0,
             helpful=dataclasses.replace(answer, max_new_tokens=16), rows_per_shard=64,
             optimizer=c.Optimizer(learning_rate=2e-3), checkpoint_every=50,
         ),
@@ -45,10 +45,11 @@ def config() -> c.Config:
         reward_model=c.RewardModel(
             epochs=2, batch_size=16, max_length=192, optimizer=c.Optimizer(learning_rate=5e-4), checkpoint_every=20
         ),
+        # Rollouts are cut short on purpose: a penalty for that would pay for refusals, which are short.
         ppo=c.Ppo(
             value_trunk="shared", updates=16, rollouts=48, epochs=1, minibatches=2, max_prompt_tokens=64,
-            response=rollout, kl_coef=0.05, checkpoint_every=4,
-            optimizer=c.Optimizer(learning_rate=3e-4, schedule="linear", eps=1e-5),
+            response=rollout, kl_coef=0.05, missing_eos_penalty=0.0, normalise_scores=True,
+            checkpoint_every=4, optimizer=c.Optimizer(learning_rate=3e-4, schedule="linear", eps=1e-5),
         ),
         dpo=c.Dpo(batch_size=16, max_length=192, optimizer=c.Optimizer(learning_rate=3e-4), checkpoint_every=20),
         checkpoints=c.Checkpoints(export="frontier"),
