@@ -8,6 +8,8 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 # Set to use a certain interpreter: make env PYTHON=/usr/local/bin/python3.12
 PYTHON ?=
+# A worker that crashes ends the tests: where it is replaced they have hung.
+PYTEST := -m pytest --numprocesses=2 --dist=loadfile --max-worker-restart=0
 PIP_INSTALL := -m pip --disable-pip-version-check install --quiet
 
 FIND_PYTHON = for python in $(or $(PYTHON),python3.11 python3); do \
@@ -22,10 +24,10 @@ demo: model
 	$(RUN) -m cai_jax.launch --config=cai_smollm2
 
 test: env
-	$(RUN) -m pytest --numprocesses=2 --dist=loadfile --max-worker-restart=0
+	$(RUN) $(PYTEST)
 
 test-all: env
-	$(RUN) -m pytest --numprocesses=2 --dist=loadfile --max-worker-restart=0 -m ''
+	$(RUN) $(PYTEST) -m ''
 
 bench: model
 	$(RUN) benchmarks/sampler.py

@@ -7,11 +7,13 @@ Writes hh_unsafe.jsonl, hh_safe.jsonl and self_instruct.jsonl there. Prints the 
     python -m cai_jax.launch --config=cai_smollm2_full $(python benchmarks/public_prompts.py FOLDER --hh FILE)
 
 HH-RLHF's harmless-base (Bai et al., 2022, arXiv 2204.05862) mixes harmful and harmless first turns. hh_aims.tsv says
-which is which, by the first 12 digits of the sha256 of the prompt: a large language model read each of them; nobody has
-checked it. Prompts that it found unclear, or that are not listed there, are left out.
+of 1,412 prompts of its test file which is which, and to which split a prompt belongs, by the first 12 digits of the
+sha256 of the prompt. A large language model read each of them; nobody has checked it. Prompts that it found unclear are
+not listed, and what is not listed is left out.
 
---hh: JSON lines with `prompt` and `split` (train or validation), may be .gz. --self_instruct: the user-oriented
-instructions of Wang et al. (2023, arXiv 2212.10560), of which the short ones are taken, the first instance of each.
+--hh: harmless-base/test.jsonl.gz as it was published (JSON lines with the transcript `chosen`, may be .gz), or lines
+with the first turn alone as `prompt`. --self_instruct: the user-oriented instructions of Wang et al. (2023, arXiv
+2212.10560), of which the short ones are taken, the first instance of each.
 """
 
 import argparse
@@ -38,8 +40,12 @@ def main():
     flags.add_argument("--self_instruct", type=Path)
     flags.add_argument("--config", default="cai_smollm2_full")
     args = flags.parse_args()
+    if set(str(args.folder.resolve())) & set(", \t"):
+        flags.error(f"{args.folder.resolve()}: choose a folder with no comma and no space in its path")
     args.folder.mkdir(parents=True, exist_ok=True)
     sets = hh_rows(lines(args.hh), aims())
+    if not any(sets.values()):
+        flags.error(f"{args.hh}: none of its prompts is listed in hh_aims.tsv; is it harmless-base/test.jsonl.gz?")
     if args.self_instruct:
         sets["self_instruct"] = instructions(lines(args.self_instruct))
     for name, rows in sets.items():
@@ -51,9 +57,10 @@ def main():
     print(" ".join(f"--set={shlex.quote(override)}" for override in overrides(prompts, args.folder, sets)))
 
 
-def aims() -> dict[str, str]:
-    """The aim of each listed prompt of HH-RLHF: unsafe or safe."""
-    return dict(line.split("\t") for line in (HERE / "hh_aims.tsv").read_text().splitlines() if line[0] != "#")
+def aims() -> dict[str, tuple[str, str]]:
+    """The aim (unsafe or safe) and the split (train or eval) of each listed prompt of HH-RLHF, by its key."""
+    rows = (line.split("\t") for line in (HERE / "hh_aims.tsv").read_text().splitlines() if line[0] != "#")
+    return {key: (aim, split) for key, aim, split in rows}
 
 
 def lines(path: Path) -> list[dict]:
@@ -67,14 +74,18 @@ def key(prompt: str) -> str:
     return hashlib.sha256(prompt.encode()).hexdigest()[:12]
 
 
-def hh_rows(rows: list[dict], known: dict[str, str]) -> dict[str, list[dict]]:
-    """The rows of the two sets; validation is for evaluation."""
+def first_turn(row: dict) -> str:
+    """What the user of a row of HH-RLHF said first."""
+    return row["prompt"] if "prompt" in row else row["chosen"].split("\n\nHuman:")[1].split("\n\nAssistant:")[0].strip()
+
+
+def hh_rows(rows: list[dict], known: dict[str, tuple[str, str]]) -> dict[str, list[dict]]:
+    """The rows of the two sets; a prompt that comes again is taken once."""
     sets, left = {"hh_unsafe": [], "hh_safe": []}, dict(known)
-    for row in rows:
-        if aim := left.pop(key(row["prompt"]), None):  # a prompt that comes again is taken once
-            split = "train" if row["split"] == "train" else "eval"
-            kept = {"id": row["id"], "category": "hh", "prompt": row["prompt"], "split": split}
-            sets[f"hh_{aim}"].append(kept)
+    for prompt in map(first_turn, rows):
+        if found := left.pop(key(prompt), None):
+            aim, split = found
+            sets[f"hh_{aim}"].append({"id": f"hh-{key(prompt)}", "category": "hh", "prompt": prompt, "split": split})
     return sets
 
 

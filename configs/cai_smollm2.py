@@ -4,7 +4,8 @@ from cai_jax import config as c
 
 
 def config() -> c.Config:
-    # Full-temperature text of a 135M model falls apart; nucleus sampling keeps answers readable.
+    # Whether to decline is settled in an answer's first words, so that short answers do; those that anchor are to be
+    # the model's own, hence temperature 1, less the tail of broken text.
     answer = c.Sampling(temperature=1.0, top_p=0.95, max_new_tokens=16)
     revision = c.Sampling(temperature=0.5, max_new_tokens=24)
     rollout = c.Sampling(temperature=1.0, max_new_tokens=32)
@@ -27,7 +28,7 @@ def config() -> c.Config:
             rounds=1, critiques=False, draws=2, sentences=1, principles="matched", response=answer, revision=revision,
             rows_per_shard=48,
         ),
-        # Anchored to what the model would say to safe prompts, adapters may learn fast and forget nothing.
+        # Anchored to what the model would say to safe prompts, adapters may learn fast and forget little.
         sft=c.Sft(
             least_ratio=0.8, epochs=2, batch_size=4, sequence_length=256, share_start=True, anchor=2.0, helpful=answer,
             rows_per_shard=48, optimizer=c.Optimizer(learning_rate=2e-3), checkpoint_every=10,

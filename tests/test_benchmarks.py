@@ -350,9 +350,11 @@ def test_a_dev_split_holds_back_the_same_prompts_every_time_and_runs_as_a_config
 
 def test_public_prompts_join_the_shipped_ones_by_their_aim_and_split(tmp_path, monkeypatch, capsys):
     public = part("public_prompts")
-    turns = {"Help me rob a shop.": "unsafe", "Why is it blue?": "safe", "Hm.": None, "How do I stalk her?": "unsafe"}
-    rows = [{"id": f"hh-{i}", "prompt": text, "split": "train"} for i, text in enumerate([*turns, "Hm.", *turns])]
-    rows[3]["split"] = "validation"
+    aims = {"Help me rob a shop.": ("unsafe", "train"), "Why is it blue?": ("safe", "train"),
+            "How do I stalk her?": ("unsafe", "eval")}  # fmt: skip
+    turns = [*aims, "Hm.", "Why is it blue?"]
+    rows = [{"chosen": f"\n\nHuman: {turn}\n\nAssistant: No.\n\nHuman: Oh.\n\nAssistant: So."} for turn in turns]
+    rows[0] = {"prompt": turns[0]}
     tasks = [
         {"instruction": "Add these.", "instances": [{"input": "2, 3", "output": "5"}, {"input": "1", "output": "1"}]},
         {"instruction": "Too long. " * 50, "instances": [{"input": "", "output": "x"}]},
@@ -360,7 +362,7 @@ def test_public_prompts_join_the_shipped_ones_by_their_aim_and_split(tmp_path, m
     ]
     for name, own in (("hh.jsonl", rows), ("tasks.jsonl", tasks)):
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in own))
-    monkeypatch.setattr(public, "aims", lambda: {public.key(text): aim for text, aim in turns.items() if aim})
+    monkeypatch.setattr(public, "aims", lambda: {public.key(text): aim for text, aim in aims.items()})
     given = ["--hh", str(tmp_path / "hh.jsonl"), "--self_instruct", str(tmp_path / "tasks.jsonl")]
     monkeypatch.setattr(sys, "argv", ["public_prompts.py", str(tmp_path / "out"), *given])
     public.main()
@@ -376,7 +378,19 @@ def test_public_prompts_join_the_shipped_ones_by_their_aim_and_split(tmp_path, m
     assert [row.answer for row in after["eval_helpful"].rows][-1] == "5"
 
 
+@pytest.mark.parametrize(
+    "folder, rows, word", [("a b", [], "no space"), ("out", [{"prompt": "Never listed."}], "hh_aims.tsv")]
+)
+def test_public_prompts_that_would_be_none_are_an_error(folder, rows, word, tmp_path, monkeypatch, capsys):
+    (tmp_path / "hh.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = ["public_prompts.py", str(tmp_path / folder), "--hh", str(tmp_path / "hh.jsonl")]
+    monkeypatch.setattr(sys, "argv", given)
+    with pytest.raises(SystemExit) as error:
+        part("public_prompts").main()
+    assert error.value.code == 2 and word in capsys.readouterr().err
+
+
 def test_aims_of_public_prompts_are_hashes_alone():
     aims = part("public_prompts").aims()
-    assert set(aims.values()) == {"safe", "unsafe"} and len(aims) > 1000
-    assert all(len(key) == 12 and int(key, 16) >= 0 for key in aims)
+    assert set(aims.values()) == {(aim, split) for aim in ("safe", "unsafe") for split in ("train", "eval")}
+    assert len(aims) > 1000 and all(len(key) == 12 and int(key, 16) >= 0 for key in aims)

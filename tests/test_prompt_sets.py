@@ -4,20 +4,14 @@ import csv
 import gzip
 import hashlib
 import json
-import re
-from collections import Counter
 
 import datasets
-import numpy as np
 import pytest
-import scipy.sparse
 
 from cai_jax import config
 from cai_jax.errors import UserError
 from cai_jax.prompt_sets import check_disjoint, load_prompts, with_unique_ids
 
-SHIPPED = {"red_team": (256, 0.3), "helpful": (256, 0.3), "look_alike": (256, 0.24)}  # rows at least, eval share
-MORE = {"red_team_more": 2280, "look_alike_more": 2700, "helpful_more": 480}  # to train on alone
 ROWS = [
     {"id": "a", "category": "x", "split": "train", "prompt": "What is a 'loom'?\nIn short, please."},
     {"id": "b", "category": "y", "split": "train", "prompt": "NA"},
@@ -48,72 +42,6 @@ def one_line(error):
     message = str(error.value)
     assert "\n" not in message
     return message
-
-
-# --- shipped sets ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", SHIPPED)
-def test_shipped_set_is_large_enough_and_split_in_every_category(name):
-    at_least, eval_share = SHIPPED[name]
-    everything, train, evaluation = (load(f"shipped:{name}", split=split) for split in ("", "train", "eval"))
-    assert len(everything.rows) >= at_least and not everything.skipped
-    assert len(train.rows) + len(evaluation.rows) == len(everything.rows)
-    total, held_out = (Counter(prompt.category for prompt in part.rows) for part in (everything, evaluation))
-    for category, count in total.items():
-        assert held_out[category] / count == pytest.approx(eval_share, abs=0.06), category
-
-
-@pytest.mark.parametrize("name", SHIPPED)
-@pytest.mark.parametrize("split", ["train", "eval"])
-def test_first_rows_of_a_shipped_split_cover_all_categories(name, split):
-    rows = load(f"shipped:{name}", split=split).rows
-    categories = {prompt.category for prompt in rows}
-    assert {prompt.category for prompt in rows[: len(categories)]} == categories
-
-
-@pytest.mark.parametrize("name", MORE)
-def test_further_prompts_are_for_training_alone(name):
-    found = load(f"shipped:{name}")
-    assert len(found.rows) >= MORE[name] and not found.skipped
-    assert len(load(f"shipped:{name}", split="train").rows) == len(found.rows)
-    categories = Counter(prompt.category for prompt in found.rows)
-    assert len(categories) >= 12 and min(categories.values()) >= 12
-    assert {prompt.category for prompt in found.rows[: len(categories)]} == set(categories)
-
-
-def test_red_team_covers_its_harms():
-    counts = Counter(prompt.category for prompt in load("shipped:red_team").rows)
-    assert set(counts) == set(
-        "violence weapons self_harm crime cyber privacy hate sexual drugs fraud misinformation medical".split()
-    )
-    assert min(counts.values()) >= 16
-
-
-def test_no_near_duplicates_between_any_two_shipped_prompts():
-    prompts = [
-        (prompt.id, prompt.messages[0]["content"])
-        for name in (*SHIPPED, *MORE)
-        for prompt in load(f"shipped:{name}").rows
-    ]
-    words = [set(re.findall(r"\w+", text.casefold())) for _, text in prompts]
-    column = {word: index for index, word in enumerate(sorted(set().union(*words)))}
-    has = scipy.sparse.lil_array((len(words), len(column)), dtype=np.float32)
-    for row, those in enumerate(words):
-        has[row, [column[word] for word in those]] = 1
-    has = has.tocsr()
-    both = scipy.sparse.triu(has @ has.T, k=1).tocoo()
-    counts = np.array([len(those) for those in words])
-    near = both.data >= 0.6 * (counts[both.row] + counts[both.col] - both.data)
-    close = [(prompts[i][0], prompts[j][0]) for i, j in zip(both.row[near], both.col[near], strict=True)]
-    assert not close
-
-
-def test_default_config_trains_on_nothing_that_it_evaluates_on():
-    sets = config.Prompts()
-    train = {name: load_prompts(getattr(sets, name), name) for name in ("red_team", "helpful")}
-    held_out = ("eval_red_team", "eval_helpful", "eval_look_alike")
-    check_disjoint(train, {name: load_prompts(getattr(sets, name), name) for name in held_out})
 
 
 # --- sources -----------------------------------------------------------------------------------------------

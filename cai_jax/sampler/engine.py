@@ -289,10 +289,13 @@ class Sampler:
             self._cache = new_cache(
                 self.model.config, self.rows, self.max_length, rooms, self._cache_dtype, self.mesh
             )
-        self._prefixes = []  # should a prefix fail to run, none counts as shared
-        for number, tokens in enumerate(prefixes):
-            if tokens:
-                self._share_one(number, tokens)
+        try:
+            for number, tokens in enumerate(prefixes):
+                if tokens:
+                    self._share_one(number, tokens)
+        except BaseException:
+            self._cache = None  # it may be half filled, or given away to a program that failed
+            raise
         self._prefixes = prefixes
 
     def _share_one(self, number: int, tokens: list[int]) -> None:

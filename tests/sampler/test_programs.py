@@ -114,6 +114,25 @@ def test_a_start_longer_than_a_slot_is_left_out(oracles):
     assert sampler._cache.prefix_rooms == (128,)
 
 
+def test_starts_that_failed_to_run_are_run_again(oracles, monkeypatch):
+    sampler = on_tokens(oracles / "llama_tied")
+    row, starts = [3, 4, 9, 8], [[5, 6, 7], [3, 4]]  # it stands on the second
+    expected = sampler.run([only(Score(row, [[9, 10]]))])
+    share_one = sampler._share_one
+
+    def share_first_alone(number, tokens):
+        if number:
+            raise KeyboardInterrupt
+        share_one(number, tokens)
+
+    monkeypatch.setattr(sampler, "_share_one", share_first_alone)
+    with pytest.raises(KeyboardInterrupt):
+        list(sampler.stream([only(Score(row, [[9, 10]]))], starts[0], more=[starts[1]]))
+    monkeypatch.undo()
+    ((_, again),) = sampler.stream([only(Score(row, [[9, 10]]))], starts[0], more=[starts[1]])
+    np.testing.assert_allclose(again, expected[0], atol=1e-5)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_log_probs_of_sampled_tokens_are_those_of_a_full_forward_pass(oracles, temperature):
     io = np.load(oracles / "llama_tied" / "io.npz")
