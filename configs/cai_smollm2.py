@@ -8,7 +8,7 @@ def config() -> c.Config:
     # the model's own, hence temperature 1, less the tail of broken text.
     answer = c.Sampling(temperature=1.0, top_p=0.95, max_new_tokens=16)
     revision = c.Sampling(temperature=0.5, max_new_tokens=24)
-    rollout = c.Sampling(temperature=1.0, max_new_tokens=32)
+    rollout = c.Sampling(temperature=1.0, max_new_tokens=16)
     return c.Config(
         description="the demo: all stages on SmolLM2-135M-Instruct, 8 to 20 minutes on two CPU cores",
         model=c.Model(str(c.cache_folder() / "SmolLM2-135M-Instruct")),
@@ -36,9 +36,13 @@ def config() -> c.Config:
         # The one labeler of a judge this small that beats a coin (docs/learning.md). Where another machine's rounding
         # puts it below the gate the demo goes on all the same, and the report says so first.
         judge=c.Judge(on_failure="continue", pleas=4),
-        preferences=c.Preferences(labelers=("examples",), matched=True, share=0.4, response=rollout, rows_per_shard=48),
+        # Of two answers that both decline, or both comply, this judge cannot tell the better one, and is unsure.
+        preferences=c.Preferences(
+            labelers=("examples",), matched=True, response=rollout, filters=c.Filters(least_confidence=0.9),
+            rows_per_shard=48,
+        ),
         reward_model=c.RewardModel(
-            batch_size=8, max_length=192, optimizer=c.Optimizer(learning_rate=5e-4), checkpoint_every=5
+            batch_size=8, max_length=160, optimizer=c.Optimizer(learning_rate=5e-4), checkpoint_every=5
         ),
         # Rollouts are cut short on purpose: a penalty for that would pay for refusals, which are short.
         ppo=c.Ppo(

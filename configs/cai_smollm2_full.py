@@ -1,14 +1,14 @@
 """Constitutional AI on SmolLM2-135M-Instruct and all shipped prompts: the demo at full size."""
 
-import dataclasses
-
 from cai_jax import config as c
 
 
 def config() -> c.Config:
+    # Whether to decline is settled in an answer's first words, so that short answers do; those that anchor are to be
+    # the model's own, hence temperature 1, less the tail of broken text.
+    answer = c.Sampling(temperature=1.0, top_p=0.95, max_new_tokens=16)
     revision = c.Sampling(temperature=0.5, max_new_tokens=24)
-    answer = c.Sampling(temperature=1.0, top_p=0.95, max_new_tokens=32)
-    rollout = c.Sampling(temperature=1.0, max_new_tokens=32)
+    rollout = c.Sampling(temperature=1.0, max_new_tokens=16)
     return c.Config(
         description="all shipped prompts and DPO beside PPO, SmolLM2-135M-Instruct, hours on two CPU cores",
         model=c.Model(str(c.cache_folder() / "SmolLM2-135M-Instruct"), compute_dtype="bfloat16"),
@@ -25,22 +25,21 @@ def config() -> c.Config:
         ),
         sampler=c.Sampler(rows=32, max_length=2048),
         # A 135M model takes up the form of the worked revisions more often where no critique stands between, and what
-        # it writes after its first sentence is noise. More different prompts teach more than more drafts of each, or
-        # more passes over them: docs/results.md.
+        # it writes after its first sentence is noise. The time that more drafts or passes would take goes into more
+        # prompts: docs/results.md.
         critique_revision=c.CritiqueRevision(
-            rounds=1, critiques=False, draws=2, sentences=1, principles="matched", revision=revision, rows_per_shard=64,
-            response=dataclasses.replace(answer, max_new_tokens=16),
+            rounds=1, critiques=False, draws=2, sentences=1, principles="matched", response=answer, revision=revision,
+            rows_per_shard=64,
         ),
-        # Whether to decline is settled in an answer's first words, so that short anchors do. All weights in place of
-        # adapters drift two to four times as far from what they are anchored to: docs/results.md.
+        # All weights in place of adapters drift two to four times as far from what anchors them: docs/results.md.
         sft=c.Sft(
-            least_ratio=0.8, batch_size=4, sequence_length=256, share_start=True, anchor=2.0,
-            helpful=dataclasses.replace(answer, max_new_tokens=16), rows_per_shard=64,
-            optimizer=c.Optimizer(learning_rate=2e-3), checkpoint_every=50,
+            least_ratio=0.8, batch_size=4, sequence_length=256, share_start=True, anchor=2.0, helpful=answer,
+            rows_per_shard=64, optimizer=c.Optimizer(learning_rate=2e-3), checkpoint_every=50,
         ),
+        # Of two answers that both decline, or both comply, this judge cannot tell the better one, and is unsure.
         preferences=c.Preferences(
-            labelers=("examples",), matched=True, share=0.2, response=rollout, rows_per_shard=64,
-            filters=c.Filters(least_confidence=0.65),
+            labelers=("examples",), matched=True, share=0.4, response=rollout, rows_per_shard=64,
+            filters=c.Filters(least_confidence=0.9),
         ),
         reward_model=c.RewardModel(
             epochs=2, batch_size=16, max_length=192, optimizer=c.Optimizer(learning_rate=5e-4), checkpoint_every=20
