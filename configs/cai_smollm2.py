@@ -10,7 +10,7 @@ def config() -> c.Config:
     revision = c.Sampling(temperature=0.5, max_new_tokens=24)
     rollout = c.Sampling(temperature=1.0, max_new_tokens=16)
     return c.Config(
-        description="the demo: all stages on SmolLM2-135M-Instruct, 8 to 20 minutes on two CPU cores",
+        description="the demo: all stages on SmolLM2-135M-Instruct, 15 to 25 minutes on two CPU cores",
         model=c.Model(str(c.cache_folder() / "SmolLM2-135M-Instruct")),
         lora=c.Lora(rank=32, alpha=32.0),
         stages=("critique_revision", "sft", "judge", "preferences", "reward_model", "ppo", "evaluate"),
