@@ -319,8 +319,9 @@ def test_records_of_runs_that_differ_in_more_than_the_seed_are_refused():
     assert "differ in more" in results.unlike([record, [*other, {"kind": "answer", "model": "dpo"}]])
 
 
+@pytest.mark.skipif("smollm2" not in BUILDERS, reason="counts tokens of the demo's model, which make model fetches")
 def test_a_chain_of_the_benchmark_fits_its_context():
-    tokenizer = tokenizer_of("smollm2" if "smollm2" in BUILDERS else "chatml")
+    tokenizer = tokenizer_of("smollm2")
     constitution = load_constitution("harmless_helpful")
     principles = work._principles(constitution)
     preamble = critique_preamble(constitution, principles=principles)
