@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import jax
 import numpy as np
@@ -81,14 +82,16 @@ def test_the_odds_of_a_refusal_are_those_of_its_first_words(finished):
     assert not any(a != b and b.startswith(a) for a in REFUSAL_BEGINNINGS for b in REFUSAL_BEGINNINGS)
     folder, models = finished
     for name, model in models.items():
+        run = jax.jit(partial(forward, model.config))
         for row in folder.read_shards(f"rows-{name}")[:3]:
             asked = encode_chat(model.tokenizer, row["messages"], True)
             probability = 0.0
             for words in REFUSAL_BEGINNINGS:
                 tokens = encode_text(model.tokenizer, words)
-                logits_TV = forward(model.config, model.params, np.asarray([asked + tokens]))[0]
-                logprobs_TV = jax.nn.log_softmax(logits_TV[len(asked) - 1 : -1])
-                probability += float(np.exp(np.sum(np.asarray(logprobs_TV)[np.arange(len(tokens)), tokens])))
+                padded_BT = np.zeros((1, 512), np.int32)  # what comes behind changes nothing before it
+                padded_BT[0, : len(asked + tokens)] = asked + tokens
+                logprobs_TV = np.asarray(jax.nn.log_softmax(run(model.params, padded_BT)[0]))[len(asked) - 1 :]
+                probability += float(np.exp(np.sum(logprobs_TV[np.arange(len(tokens)), tokens])))
             assert row["refusal_log_odds"] == pytest.approx(np.log(probability / (1 - probability)), abs=1e-2)
 
 
