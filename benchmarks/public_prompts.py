@@ -17,7 +17,6 @@ with the first turn alone as `prompt`. --self_instruct: the user-oriented instru
 """
 
 import argparse
-import gzip
 import hashlib
 import json
 import shlex
@@ -28,7 +27,10 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path[:0] = [str(ROOT)]  # a checkout need not be installed
 
+from cai_jax.config import PromptSet  # noqa: E402
 from cai_jax.named_runs import load_config  # noqa: E402
+from cai_jax.prompt_files import read_records  # noqa: E402
+from cai_jax.prompt_sets import load_prompts  # noqa: E402
 
 LONGEST = 400  # characters of an instruction with its input, and of its answer
 
@@ -43,11 +45,11 @@ def main():
     if set(str(args.folder.resolve())) & set(", \t"):
         flags.error(f"{args.folder.resolve()}: choose a folder with no comma and no space in its path")
     args.folder.mkdir(parents=True, exist_ok=True)
-    sets = hh_rows(lines(args.hh), aims())
+    sets = hh_rows(first_turns(args.hh), aims())
     if not any(sets.values()):
         flags.error(f"{args.hh}: none of its prompts is listed in hh_aims.tsv; is it harmless-base/test.jsonl.gz?")
     if args.self_instruct:
-        sets["self_instruct"] = instructions(lines(args.self_instruct))
+        sets["self_instruct"] = instructions(read_records(PromptSet(str(args.self_instruct)), "--self_instruct")[0])
     for name, rows in sets.items():
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (args.folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
@@ -63,26 +65,23 @@ def aims() -> dict[str, tuple[str, str]]:
     return {key: (aim, split) for key, aim, split in rows}
 
 
-def lines(path: Path) -> list[dict]:
-    """The rows of a JSON-lines file."""
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
-
-
 def key(prompt: str) -> str:
     """What hh_aims.tsv knows a prompt by."""
     return hashlib.sha256(prompt.encode()).hexdigest()[:12]
 
 
-def first_turn(row: dict) -> str:
-    """What the user of a row of HH-RLHF said first."""
-    return row["prompt"] if "prompt" in row else row["chosen"].split("\n\nHuman:")[1].split("\n\nAssistant:")[0].strip()
+def first_turns(path: Path) -> list[str]:
+    """What the user of each row of HH-RLHF said first."""
+    records, _ = read_records(PromptSet(str(path)), "--hh")
+    column = "chosen" if records and "chosen" in records[0] else "prompt"
+    rows = load_prompts(PromptSet(str(path), prompt=column), "--hh").rows
+    return [row.messages[0]["content"].strip() for row in rows]
 
 
-def hh_rows(rows: list[dict], known: dict[str, tuple[str, str]]) -> dict[str, list[dict]]:
+def hh_rows(prompts: list[str], known: dict[str, tuple[str, str]]) -> dict[str, list[dict]]:
     """The rows of the two sets; a prompt that comes again is taken once."""
     sets, left = {"hh_unsafe": [], "hh_safe": []}, dict(known)
-    for prompt in map(first_turn, rows):
+    for prompt in prompts:
         if found := left.pop(key(prompt), None):
             aim, split = found
             sets[f"hh_{aim}"].append({"id": f"hh-{key(prompt)}", "category": "hh", "prompt": prompt, "split": split})

@@ -38,7 +38,9 @@ def main() -> int:
     options = parser.parse_args()
     model = load_model(options.model)
     names = ("red_team", "helpful", "eval_red_team", "eval_helpful", "eval_look_alike")
-    found = {name: features(model, load_prompts(getattr(config.prompts, name), name).rows) for name in names}
+    sets = [load_prompts(getattr(config.prompts, name), name).rows for name in names]
+    ends = np.cumsum([len(rows) for rows in sets])
+    found = dict(zip(names, np.split(features(model, [row for rows in sets for row in rows]), ends[:-1]), strict=True))
     heads = ("share of train prompts", "unsafe, safe", "AUROC, all safe", "AUROC, look-alikes", "unsafe told at 5%")
     print(f"| {' | '.join(heads)} |\n|{' --- |' * len(heads)}")
     for share in options.shares:

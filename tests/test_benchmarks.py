@@ -355,7 +355,6 @@ def test_public_prompts_join_the_shipped_ones_by_their_aim_and_split(tmp_path, m
             "How do I stalk her?": ("unsafe", "eval")}  # fmt: skip
     turns = [*aims, "Hm.", "Why is it blue?"]
     rows = [{"chosen": f"\n\nHuman: {turn}\n\nAssistant: No.\n\nHuman: Oh.\n\nAssistant: So."} for turn in turns]
-    rows[0] = {"prompt": turns[0]}
     tasks = [
         {"instruction": "Add these.", "instances": [{"input": "2, 3", "output": "5"}, {"input": "1", "output": "1"}]},
         {"instruction": "Too long. " * 50, "instances": [{"input": "", "output": "x"}]},
