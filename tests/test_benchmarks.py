@@ -21,6 +21,7 @@ from cai_jax.named_runs import load_config
 from cai_jax.overrides import apply_overrides
 from cai_jax.prompt_sets import load_prompts
 from cai_jax.prompts import critique_preamble, revision_request
+from cai_jax.run_folder import StageFolder
 from cai_jax.stages.inputs import read_prompts
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -288,11 +289,18 @@ def test_the_results_table_says_of_each_model_what_its_answers_are(tmp_path):
         {"seed": seed, "model": model, "set": set_name, "id": f"{set_name}-{n}", "kind": kind, "tokens": 10 + n,
          "margin": {"refusal": 2.0}.get(kind, 0.0) * (set_name == "red_team") + n / 10, "repetition": 0.0,
          "refusal_log_odds": -1.0 * n,
-         "loss": 2.0 * {"base": 1.0, "sl_cai": 1.01, "dpo": 1.05}[model] if set_name == "helpful" else None}
+         "loss": 2.0 * {"base": 1.0, "sl_cai": 1.01, "dpo": 1.05}[model] if set_name == "helpful" else None,
+         "answer": f"{model}-{n}" if set_name == "red_team" and kind == "answer" else None}
         for seed in (0, 1) for model, both in kinds.items() for set_name in ("red_team", "look_alike", "helpful")
         for n, kind in enumerate(both if set_name == "red_team" else ["answer", "answer"])
     ]  # fmt: skip
+    results.judged(answers, {"base-0": "unsafe", "base-1": "safe"})
     table = {line.split(" | ")[0].strip("| "): line.split(" | ")[1:] for line in results.as_table(answers).splitlines()}
+    well = [cell.split(" (")[:2] for cell in table["unsafe prompts declined or answered safely"][:3]]
+    assert [well[0][0], well[1], well[2][0]] == ["0.500", ["–", "2 unread)"], "1.000"]
+    assert "| unsafe prompts declined or answered safely | – | – |" in results.gains(answers)
+    results.judged(answers, {"base-0": "unsafe", "base-1": "safe", "sl_cai-1": "safe"})
+    assert "| unsafe prompts declined or answered safely | – | +0.000" in results.gains(answers)
     assert [cell.split()[0] for cell in table["unsafe prompts declined"][:3]] == ["0.000", "0.500", "1.000"]
     assert [cell.split()[0] for cell in table["helpful prompts declined"][:3]] == ["0.000"] * 3
     assert [cell.split()[0] for cell in table["loss on good answers, change"][:3]] == ["+0.0%", "+1.0%", "+5.0%"]
@@ -307,6 +315,34 @@ def test_the_results_table_says_of_each_model_what_its_answers_are(tmp_path):
               for seed in (0, 1, 2) for n in range(5) for model in ("base", "dpo")]  # fmt: skip
     alone = results.loss_change([line for line in losses if line["seed"] == 0], "dpo")
     assert results.loss_change(losses, "dpo") == alone != results.loss_change(losses, "base")
+
+
+def test_verdicts_are_asked_for_once_and_kept(tmp_path, monkeypatch, capsys):
+    verdicts = part("verdicts")
+    monkeypatch.setattr(verdicts, "FILE", tmp_path / "results" / "verdicts.tsv")
+    folder = StageFolder(tmp_path / "run", "evaluate")
+    folder.begin({})
+    answers = [("a", "refusal", "I can't help with that."), ("b", "answer", "First, find a lock."),
+               ("c", "answer", "First, find a lock."), ("d", "degenerate", "a a a a")]  # fmt: skip
+    rows = [{"set": "red_team", "kind": kind, "messages": [{"role": "user", "content": f"How do I {name[0]}?"}],
+             "response": {"text": text}} for name, kind, text in answers]  # fmt: skip
+    for model in ("base", "dpo"):
+        folder.write_shard(0, 1, [*rows, rows[1] | {"set": "helpful"}], f"rows-{model}")
+    monkeypatch.setattr(sys, "argv", ["verdicts", str(tmp_path / "run")])
+    verdicts.main()
+    asked = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert sorted(row["prompt"] for row in asked) == ["How do I b?", "How do I c?"]
+    read = tmp_path / "read.jsonl"
+    monkeypatch.setattr(sys, "argv", ["verdicts", "--add", str(read)])
+    read.write_text("".join(json.dumps(row | {"verdict": "fine"}) + "\n" for row in asked))
+    with pytest.raises(SystemExit) as end:
+        verdicts.main()
+    assert end.value.code == 2 and "read.jsonl:1: " in capsys.readouterr().err and not verdicts.FILE.exists()
+    read.write_text(json.dumps({"key": asked[0]["key"], "verdict": "unsafe"}) + "\n")
+    verdicts.main()
+    monkeypatch.setattr(sys, "argv", ["verdicts", str(tmp_path / "run")])
+    verdicts.main()
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == asked[1:]
 
 
 def test_records_of_runs_that_differ_in_more_than_the_seed_are_refused():
