@@ -1,27 +1,29 @@
 """Hold back some train prompts, so that settings can be chosen without a look at the eval prompts.
 
-    python benchmarks/dev_split.py FOLDER [--config cai_smollm2_full] [--every 6]
+    python benchmarks/dev_split.py FOLDER [--config cai_smollm2_full] [--every 6] [--set NAME=VALUE...]
 
 Writes red_team.jsonl, helpful.jsonl and look_alike.jsonl there: the train prompts of the config, one in so many of them
 (by a hash of its id) with the split `eval`. Prints the overrides that make a run train and evaluate on them:
 
     python -m cai_jax.launch --config=cai_smollm2_full --run_dir=FOLDER/run $(python benchmarks/dev_split.py FOLDER)
 
-Safe prompts are look-alikes where the set that they are of says so by its name.
+--set changes the config first: what public_prompts.py prints adds its prompts. Safe prompts are look-alikes where the
+set that they are of says so by its name, or is one of eval_look_alike's.
 """
 
 import argparse
 import dataclasses
-import json
-import shlex
 import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-sys.path[:0] = [str(ROOT)]  # a checkout need not be installed
+sys.path[:0] = [str(HERE), str(ROOT)]  # a checkout need not be installed
+
+from public_prompts import check_name, print_overrides, write_sets  # noqa: E402
 
 from cai_jax.named_runs import load_config  # noqa: E402
+from cai_jax.overrides import apply_overrides  # noqa: E402
 from cai_jax.prompt_sets import load_prompts, path_and_split  # noqa: E402
 from cai_jax.provenance import row_seed  # noqa: E402
 
@@ -31,27 +33,25 @@ def main():
     flags.add_argument("folder", type=Path)
     flags.add_argument("--config", default="cai_smollm2_full")
     flags.add_argument("--every", type=int, default=6)
+    flags.add_argument("--set", dest="changes", action="append", default=[], metavar="NAME=VALUE")
     args = flags.parse_args()
-    prompts = load_config(args.config)[1].prompts
-    args.folder.mkdir(parents=True, exist_ok=True)
-    rows = {"red_team": [], "helpful": [], "look_alike": []}
+    check_name(args.folder, flags)
+    prompts = apply_overrides(load_config(args.config)[1], args.changes).prompts
+    alike = {path for path, _ in sources(prompts.eval_look_alike)}
+    sets = {"red_team": [], "helpful": [], "look_alike": []}
     for name in ("red_team", "helpful"):
-        for source, found in by_source(getattr(prompts, name), name):
-            kind = "look_alike" if name == "helpful" and "look_alike" in source else name
-            rows[kind] += [as_row(prompt, args.every) for prompt in found]
-    for kind, own in rows.items():
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in own)
-        (args.folder / f"{kind}.jsonl").write_text(text, encoding="utf-8")
-        held = sum(row["split"] == "eval" for row in own)
-        print(f"{kind}: {len(own) - held} to train on, {held} held back", file=sys.stderr)
-    print(" ".join(f"--set={shlex.quote(override)}" for override in overrides(args.folder)))
+        prompt_set = getattr(prompts, name)
+        for path, split in sources(prompt_set):
+            kind = "look_alike" if name == "helpful" and ("look_alike" in path or path in alike) else name
+            found = load_prompts(dataclasses.replace(prompt_set, path=path, split=split, more=()), name).rows
+            sets[kind] += [as_row(prompt, args.every) for prompt in found]
+    write_sets(args.folder, sets)
+    print_overrides(overrides(args.folder))
 
 
-def by_source(prompt_set, name: str):
-    """(path, prompts) of each of the sets that a config joins."""
-    for source in (f"{prompt_set.path}:{prompt_set.split}" if prompt_set.split else prompt_set.path, *prompt_set.more):
-        path, split = path_and_split(source)
-        yield path, load_prompts(dataclasses.replace(prompt_set, path=path, split=split, more=()), name).rows
+def sources(prompt_set) -> list[tuple[str, str]]:
+    """Path and split of each of the sets that a config joins."""
+    return [(prompt_set.path, prompt_set.split), *map(path_and_split, prompt_set.more)]
 
 
 def as_row(prompt, every: int) -> dict:

@@ -42,21 +42,35 @@ def main():
     flags.add_argument("--self_instruct", type=Path)
     flags.add_argument("--config", default="cai_smollm2_full")
     args = flags.parse_args()
-    if set(str(args.folder.resolve())) & set(", \t"):
-        flags.error(f"{args.folder.resolve()}: choose a folder with no comma and no space in its path")
-    args.folder.mkdir(parents=True, exist_ok=True)
+    check_name(args.folder, flags)
     sets = hh_rows(first_turns(args.hh), aims())
     if not any(sets.values()):
         flags.error(f"{args.hh}: none of its prompts is listed in hh_aims.tsv; is it harmless-base/test.jsonl.gz?")
     if args.self_instruct:
         sets["self_instruct"] = instructions(read_records(PromptSet(str(args.self_instruct)), "--self_instruct")[0])
+    write_sets(args.folder, sets)
+    print_overrides(overrides(load_config(args.config)[1].prompts, args.folder, sets))
+
+
+def check_name(folder: Path, flags) -> None:
+    """End where a folder cannot stand in an override that a shell splits."""
+    if set(str(folder.resolve())) & set(", \t"):
+        flags.error(f"{folder.resolve()}: choose a folder with no comma and no space in its path")
+
+
+def write_sets(folder: Path, sets: dict[str, list[dict]]) -> None:
+    """A file a set, and what is in it on standard error."""
+    folder.mkdir(parents=True, exist_ok=True)
     for name, rows in sets.items():
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (args.folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
         held = sum(row["split"] == "eval" for row in rows)
         print(f"{name}: {len(rows) - held} to train on, {held} to evaluate on", file=sys.stderr)
-    prompts = load_config(args.config)[1].prompts
-    print(" ".join(f"--set={shlex.quote(override)}" for override in overrides(prompts, args.folder, sets)))
+
+
+def print_overrides(names: list[str]) -> None:
+    """Overrides as the arguments of a command."""
+    print(" ".join(f"--set={shlex.quote(name)}" for name in names))
 
 
 def aims() -> dict[str, tuple[str, str]]:

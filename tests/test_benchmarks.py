@@ -382,7 +382,17 @@ def test_a_dev_split_holds_back_the_same_prompts_every_time_and_runs_as_a_config
         assert 0.1 < len(held) / len(whole[train].rows) < 0.25
     first = {file.name: file.read_bytes() for file in (tmp_path / "dev").iterdir()}
     split.main()
-    assert first == {file.name: file.read_bytes() for file in (tmp_path / "dev").iterdir()} and "held back" in err
+    assert first == {file.name: file.read_bytes() for file in (tmp_path / "dev").iterdir()}
+    assert "to evaluate on" in err
+    more = tmp_path / "more.jsonl"
+    more.write_text("".join(f'{{"id": "m-{n}", "prompt": "How do I kill {n} processes?"}}\n' for n in range(12)))
+    changes = [f"--set=prompts.helpful.more={more}", f"--set=prompts.eval_look_alike.more={more}"]
+    monkeypatch.setattr(sys, "argv", ["dev_split.py", str(tmp_path / "dev"), *changes])
+    split.main()
+    assert sum('"m-' in line for line in (tmp_path / "dev" / "look_alike.jsonl").read_text().splitlines()) == 12
+    monkeypatch.setattr(sys, "argv", ["dev_split.py", str(tmp_path / "a dev")])
+    with pytest.raises(SystemExit):
+        split.main()
 
 
 def test_public_prompts_join_the_shipped_ones_by_their_aim_and_split(tmp_path, monkeypatch, capsys):
