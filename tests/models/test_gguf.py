@@ -9,6 +9,7 @@ import pytest
 from gguf import GGMLQuantizationType as Kind
 from gguf import TokenType
 from gguf.quants import dequantize, quantize
+from gguf_files import refused, write_file
 from safetensors.numpy import load_file
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoConfig, AutoTokenizer
@@ -16,6 +17,7 @@ from transformers import AutoConfig, AutoTokenizer
 from cai_jax.config import cache_folder
 from cai_jax.errors import UserError
 from cai_jax.models.gguf import convert_gguf, main
+from cai_jax.models.gguf_file import TYPES
 
 LAYERS, WIDTH, FFN, HEADS, KV_HEADS, HEAD_DIM = 2, 32, 64, 4, 2, 8
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -30,11 +32,17 @@ KEYS = {
     "llama.attention.head_count": HEADS,
     "llama.attention.head_count_kv": KV_HEADS,
     "llama.rope.dimension_count": HEAD_DIM,
+    "llama.rope.freq_base": 100000.0,
+    "llama.attention.layer_norm_rms_epsilon": 1e-5,
+    "tokenizer.ggml.model": "gpt2",
     "tokenizer.ggml.pre": "smollm",
+    "tokenizer.ggml.tokens": TOKENS,
+    "tokenizer.ggml.token_type": [TokenType.CONTROL if token in SPECIAL else TokenType.NORMAL for token in TOKENS],
     "tokenizer.ggml.bos_token_id": 1,
     "tokenizer.ggml.eos_token_id": 2,
     "tokenizer.ggml.padding_token_id": 2,
     "tokenizer.ggml.unknown_token_id": 0,
+    "tokenizer.chat_template": TEMPLATE,
 }
 LAYER_WEIGHTS = {  # name in the file: name in Hugging Face's, shape [out, in], type
     "attn_norm": ("input_layernorm", (WIDTH,), Kind.F32),
@@ -74,27 +82,11 @@ def draw_weights(tied=True):
 
 def write_gguf(path, weights=None, architecture="llama", keys=(), merges=MERGES):
     """A GGUF file of a tiny Llama; `keys` replaces keys or, where None, leaves them out."""
-    writer = gguf.GGUFWriter(path, architecture)
-    for key, value in (KEYS | dict(keys)).items():
-        if isinstance(value, str):
-            writer.add_string(key, value)
-        elif value is not None:
-            writer.add_uint32(key, value)
-    writer.add_rope_freq_base(100000.0)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(TOKENS)
-    writer.add_token_types([TokenType.CONTROL if token in SPECIAL else TokenType.NORMAL for token in TOKENS])
-    writer.add_token_merges(merges)
-    writer.add_chat_template(TEMPLATE)
-    for name, _, values, kind, heads in draw_weights() if weights is None else weights:
-        rows = permuted(values, heads) if heads else values
-        writer.add_tensor(name, rows if kind == Kind.F64 else quantize(rows, kind), raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+    tensors = [
+        (name, values if kind == Kind.F64 else quantize(permuted(values, heads) if heads else values, kind), kind)
+        for name, _, values, kind, heads in (draw_weights() if weights is None else weights)
+    ]
+    return write_file(path, architecture, KEYS | {"tokenizer.ggml.merges": merges} | dict(keys), tensors)
 
 
 @pytest.fixture(scope="module")
@@ -157,17 +149,6 @@ def test_bos_is_added_where_the_file_says_so(tmp_path):
     assert tokenizer("hello", add_special_tokens=False)["input_ids"] == [TOKENS.index("hello")]
 
 
-def refused(path, *words):
-    """The conversion ends in one line with these words and the file's name, and leaves nothing behind."""
-    before = sorted(path.parent.iterdir())
-    with pytest.raises(UserError) as error:
-        convert_gguf(path, path.parent / "folder")
-    assert sorted(path.parent.iterdir()) == before
-    message = str(error.value)
-    assert "\n" not in message
-    assert all(word in message for word in (path.name, *words)), message
-
-
 def test_a_file_cut_anywhere_is_refused(tmp_path):
     whole = write_gguf(tmp_path / "m.gguf").read_bytes()
     for length in (*np.linspace(4, len(whole) - 1, 40).astype(int), 8, 16, 24, 30):
@@ -188,8 +169,9 @@ def test_a_missing_file_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"architecture": "gemma3"}, ("gemma3", "supported: llama")),
+        ({"architecture": "qwen2"}, ("qwen2", "supported: llama, gemma3")),
         ({"keys": {"llama.embedding_length": None}}, ("llama.embedding_length",)),
+        ({"keys": {"llama.attention.head_count": [4, 2]}}, ("llama.attention.head_count is [4, 2]", "by layer")),
         ({"keys": {"llama.feed_forward_length": 96}}, ("blk.0.ffn_gate.weight", "(64, 32)", "(96, 32)")),
         ({"keys": {"llama.block_count": 3}}, ("lacks the tensor 'blk.2.attn_norm.weight'",)),
         ({"keys": {"llama.block_count": 1}}, ("blk.1.attn_k.weight", "not of a plain Llama")),
@@ -208,6 +190,12 @@ def test_a_failure_while_writing_leaves_nothing(tmp_path):
     weights = draw_weights()
     weights[-1] = ("output_norm.weight", "", np.ones(WIDTH, np.float64), Kind.F64, 0)
     refused(write_gguf(tmp_path / "m.gguf", weights), "output_norm.weight", "F64")
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_the_types_that_the_message_names_are_read(name):
+    block_size, type_size = gguf.GGML_QUANT_SIZES[Kind[name]]
+    assert dequantize(np.zeros(type_size, np.uint8), Kind[name]).tolist() == [0] * block_size
 
 
 def test_a_folder_that_is_there_is_kept(tmp_path):
