@@ -7,7 +7,7 @@ def config() -> c.Config:
     # Whether to decline is settled in an answer's first words, so that short answers do; those that anchor are to be
     # the model's own, hence temperature 1, less the tail of broken text.
     answer = c.Sampling(temperature=1.0, top_p=0.95, max_new_tokens=16)
-    revision = c.Sampling(temperature=0.5, max_new_tokens=24)
+    revision = c.Sampling(temperature=0.5, max_new_tokens=32)
     rollout = c.Sampling(temperature=1.0, max_new_tokens=16)
     return c.Config(
         description="the demo: all stages on SmolLM2-135M-Instruct, 15 to 25 minutes on two CPU cores",
@@ -28,9 +28,10 @@ def config() -> c.Config:
             rounds=1, critiques=False, draws=2, sentences=1, principles="matched", response=answer, revision=revision,
             rows_per_shard=48,
         ),
-        # Anchored to what the model would say to safe prompts, adapters may learn fast and forget little.
+        # Anchored to what the model would say to safe prompts, adapters may learn fast and forget little. The anchor is
+        # heavy, as an answer has many beginnings and a refusal one.
         sft=c.Sft(
-            least_ratio=0.8, epochs=2, batch_size=4, sequence_length=256, share_start=True, anchor=2.0, helpful=answer,
+            least_ratio=0.8, epochs=2, batch_size=4, sequence_length=256, share_start=True, anchor=4.0, helpful=answer,
             rows_per_shard=48, optimizer=c.Optimizer(learning_rate=2e-3), checkpoint_every=10,
         ),
         # The one labeler of a judge this small that beats a coin (docs/learning.md). Where another machine's rounding

@@ -7,7 +7,7 @@ def config() -> c.Config:
     # Whether to decline is settled in an answer's first words, so that short answers do; those that anchor are to be
     # the model's own, hence temperature 1, less the tail of broken text.
     answer = c.Sampling(temperature=1.0, top_p=0.95, max_new_tokens=16)
-    revision = c.Sampling(temperature=0.5, max_new_tokens=24)
+    revision = c.Sampling(temperature=0.5, max_new_tokens=32)
     rollout = c.Sampling(temperature=1.0, max_new_tokens=16)
     return c.Config(
         description="all shipped prompts and DPO beside PPO, SmolLM2-135M-Instruct, hours on two CPU cores",
@@ -34,7 +34,7 @@ def config() -> c.Config:
         # The anchor is heavy, as an answer has many beginnings and a refusal one: greedy answers decline long before
         # the model mostly does. What the settings beside these do: docs/results.md.
         sft=c.Sft(
-            least_ratio=0.8, epochs=2, batch_size=4, sequence_length=256, share_start=True, anchor=8.0,
+            least_ratio=0.8, epochs=2, batch_size=4, sequence_length=256, share_start=True, anchor=4.0,
             helpful=answer, rows_per_shard=64, optimizer=c.Optimizer(learning_rate=2e-3), checkpoint_every=50,
         ),
         # Of two answers that both decline, or both comply, this judge cannot tell the better one, and is unsure.
