@@ -43,19 +43,28 @@ def main() -> int:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_OR_RECORD")
     parser.add_argument("--save", type=Path, help="folder to keep a record of each run in, as seed-N.jsonl")
     options = parser.parse_args()
-    found = [read_jsonl(path) if path.is_file() else record_of(path) for path in options.runs]
-    records = sorted(found, key=lambda record: record[0]["seed"])
-    if fault := unlike(records):
-        parser.error(fault)
+    records, answers = read_records(options.runs, parser.error)
     if options.save:
         options.save.mkdir(parents=True, exist_ok=True)
         for record in records:
             lines = "".join(json.dumps(line) + "\n" for line in record)
             (options.save / f"seed-{record[0]['seed']}.jsonl").write_text(lines)
-    answers = [line | {"seed": record[0]["seed"]} for record in records for line in record if "kind" in line]
-    judged(answers, read_verdicts(VERDICTS))
     print(f"{as_table(answers)}\n\n{gains(answers)}\n\n{costs(records)}")
     return 0
+
+
+def read_records(paths: list[Path], refuse) -> tuple[list, list]:
+    """The records of runs, by seed, and all their answers, judged; `refuse` is called with what is wrong with them."""
+    for path in paths:
+        if not path.is_file() and not (path / "config.json").exists():
+            refuse(f"{path}: is neither a run folder nor a record of one")
+    found = [read_jsonl(path) if path.is_file() else record_of(path) for path in paths]
+    records = sorted(found, key=lambda record: record[0]["seed"])
+    if fault := unlike(records):
+        refuse(fault)
+    answers = [line | {"seed": record[0]["seed"]} for record in records for line in record if "kind" in line]
+    judged(answers, read_verdicts(VERDICTS))
+    return records, answers
 
 
 def unlike(records) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from safetensors.numpy import load_file, save_file
 from small_tokenizers import BUILDERS, tokenizer_of
 
@@ -315,6 +316,40 @@ def test_the_results_table_says_of_each_model_what_its_answers_are(tmp_path):
               for seed in (0, 1, 2) for n in range(5) for model in ("base", "dpo")]  # fmt: skip
     alone = results.loss_change([line for line in losses if line["seed"] == 0], "dpo")
     assert results.loss_change(losses, "dpo") == alone != results.loss_change(losses, "base")
+
+
+def test_the_plots_of_results_show_what_the_records_and_runs_say(tmp_path, monkeypatch, capsys):
+    plots = part("results_plots")
+    lines = [{"seed": 0, "settings": "a"}]
+    lines += [{"model": model, "set": name, "id": f"{name}-{n}", "kind": "refusal" if n < hits else "answer",
+               "refusal_log_odds": float(n + hits), "answer": f"{n}" * 12}
+              for model, hits in (("base", 0), ("sl_cai", 3)) for name in ("red_team", "look_alike", "helpful")
+              for n in range(4)]  # fmt: skip
+    record = tmp_path / "seed-0.jsonl"
+    record.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    folder = StageFolder(tmp_path / "run", "critique_revision")
+    folder.begin({})
+    folder.write_shard(0, 1, [{"kind": "answer", "rounds": [{"kind": "answer"}, {"kind": "refusal"}]}] * 3)
+    out = tmp_path / "plots"
+    given = ["--records", str(record), "--revisions", f"at once={tmp_path / 'run'}"]
+    monkeypatch.setattr(sys, "argv", ["results_plots", str(out), *given])
+    plots.main()
+    first = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert sorted(first) == ["curves.svg", "revisions.svg", "shares.svg"]
+    plots.main()
+    assert first == {path.name: path.read_bytes() for path in out.iterdir()}
+    axes = Figure().subplots()
+    plots.revisions(axes, {"at once": str(tmp_path / "run")})
+    assert [list(line.get_ydata()) for line in axes.lines][0] == [0, 0, 1]
+    axes = Figure().subplots()
+    plots.shares(axes, plots.read_records([record], pytest.fail)[1])
+    # none of base's unsafe answers has been read, so no bar says how many are safe
+    assert sorted(bar.get_height() for bar in axes.patches) == [0, 0, 0, 0.75, 0.75, 0.75]
+    for wrong, said in ((["--records", str(tmp_path)], "neither a run folder"), (["--revisions", "x"], "TITLE=RUN")):
+        monkeypatch.setattr(sys, "argv", ["results_plots", str(out), *wrong])
+        with pytest.raises(SystemExit):
+            plots.main()
+        assert said in capsys.readouterr().err
 
 
 def test_verdicts_are_asked_for_once_and_kept(tmp_path, monkeypatch, capsys):
