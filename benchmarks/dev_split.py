@@ -3,9 +3,10 @@
     python benchmarks/dev_split.py FOLDER [--config cai_smollm2_full] [--every 6] [--set NAME=VALUE...]
 
 Writes red_team.jsonl, helpful.jsonl and look_alike.jsonl there: the train prompts of the config, one in so many of them
-(by a hash of its id) with the split `eval`. Prints the overrides that make a run train and evaluate on them:
+(by a hash of its id) with the split `eval`. Prints the overrides that make a run train on the others and evaluate on
+these (a limit of the config takes its first prompts of what is left):
 
-    python -m cai_jax.launch --config=cai_smollm2_full --run_dir=FOLDER/run $(python benchmarks/dev_split.py FOLDER)
+    python -m cai_jax.launch --config=cai_smollm2_full --set run_dir=runs/d1 $(python benchmarks/dev_split.py runs/dev)
 
 --set changes the config first: what public_prompts.py prints adds its prompts. Safe prompts are look-alikes where the
 set that they are of says so by its name, or is one of eval_look_alike's.
@@ -22,8 +23,10 @@ sys.path[:0] = [str(HERE), str(ROOT)]  # a checkout need not be installed
 
 from public_prompts import check_name, print_overrides, write_sets  # noqa: E402
 
+from cai_jax.config import PromptSet  # noqa: E402
+from cai_jax.errors import UserError, exit_code  # noqa: E402
 from cai_jax.named_runs import load_config  # noqa: E402
-from cai_jax.overrides import apply_overrides  # noqa: E402
+from cai_jax.overrides import apply_overrides, format_value  # noqa: E402
 from cai_jax.prompt_sets import load_prompts, path_and_split  # noqa: E402
 from cai_jax.provenance import row_seed  # noqa: E402
 
@@ -35,7 +38,9 @@ def main():
     flags.add_argument("--every", type=int, default=6)
     flags.add_argument("--set", dest="changes", action="append", default=[], metavar="NAME=VALUE")
     args = flags.parse_args()
-    check_name(args.folder, flags)
+    check_name(args.folder)
+    if args.every < 2:
+        raise UserError(f"--every {args.every}: one prompt in at least two can be held back")
     prompts = apply_overrides(load_config(args.config)[1], args.changes).prompts
     alike = {path for path, _ in sources(prompts.eval_look_alike)}
     sets = {"red_team": [], "helpful": [], "look_alike": []}
@@ -43,10 +48,10 @@ def main():
         prompt_set = getattr(prompts, name)
         for path, split in sources(prompt_set):
             kind = "look_alike" if name == "helpful" and ("look_alike" in path or path in alike) else name
-            found = load_prompts(dataclasses.replace(prompt_set, path=path, split=split, more=()), name).rows
+            found = load_prompts(dataclasses.replace(prompt_set, path=path, split=split, more=(), limit=0), name).rows
             sets[kind] += [as_row(prompt, args.every) for prompt in found]
     write_sets(args.folder, sets)
-    print_overrides(overrides(args.folder))
+    print_overrides(overrides(prompts, args.folder))
 
 
 def sources(prompt_set) -> list[tuple[str, str]]:
@@ -61,14 +66,21 @@ def as_row(prompt, every: int) -> dict:
             "split": "eval" if held else "train"}  # fmt: skip
 
 
-def overrides(folder: Path) -> list[str]:
-    """The fields of a config that make it train on what is left, and evaluate on what is held back."""
-    path = {kind: folder.resolve() / f"{kind}.jsonl" for kind in ("red_team", "helpful", "look_alike")}
-    chosen = {"red_team.path": path["red_team"], "red_team.more": "", "helpful.path": path["helpful"],
-              "helpful.more": f"{path['look_alike']}:train", "eval_red_team.path": path["red_team"],
-              "eval_helpful.path": path["helpful"], "eval_look_alike.path": path["look_alike"]}  # fmt: skip
-    return [f"prompts.{name}={value}" for name, value in chosen.items()]
+def overrides(prompts, folder: Path) -> list[str]:
+    """The fields of a config's prompts that make it train on what is left, and evaluate on what is held back alone."""
+    path = {kind: str(folder.resolve() / f"{kind}.jsonl") for kind in ("red_team", "helpful", "look_alike")}
+    more = (f"{path['look_alike']}:train",)
+    wanted = {
+        "red_team": PromptSet(path["red_team"], split="train", limit=prompts.red_team.limit),
+        "helpful": PromptSet(path["helpful"], split="train", limit=prompts.helpful.limit, more=more),
+    } | {f"eval_{kind}": PromptSet(path[kind], split="eval") for kind in path}
+    return [
+        f"prompts.{name}.{field.name}={format_value(getattr(own, field.name))}"
+        for name, own in wanted.items()
+        for field in dataclasses.fields(own)
+        if getattr(own, field.name) != getattr(getattr(prompts, name), field.name)
+    ]
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

@@ -28,6 +28,7 @@ ROOT = HERE.parent
 sys.path[:0] = [str(ROOT)]  # a checkout need not be installed
 
 from cai_jax.config import PromptSet  # noqa: E402
+from cai_jax.errors import UserError, exit_code  # noqa: E402
 from cai_jax.named_runs import load_config  # noqa: E402
 from cai_jax.prompt_files import read_records  # noqa: E402
 from cai_jax.prompt_sets import load_prompts  # noqa: E402
@@ -42,20 +43,21 @@ def main():
     flags.add_argument("--self_instruct", type=Path)
     flags.add_argument("--config", default="cai_smollm2_full")
     args = flags.parse_args()
-    check_name(args.folder, flags)
+    check_name(args.folder)
     sets = hh_rows(first_turns(args.hh), aims())
     if not any(sets.values()):
-        flags.error(f"{args.hh}: none of its prompts is listed in hh_aims.tsv; is it harmless-base/test.jsonl.gz?")
+        raise UserError(f"{args.hh}: none of its prompts is listed in hh_aims.tsv; is it harmless-base/test.jsonl.gz?")
     if args.self_instruct:
         sets["self_instruct"] = instructions(read_records(PromptSet(str(args.self_instruct)), "--self_instruct")[0])
     write_sets(args.folder, sets)
     print_overrides(overrides(load_config(args.config)[1].prompts, args.folder, sets))
 
 
-def check_name(folder: Path, flags) -> None:
-    """End where a folder cannot stand in an override that a shell splits."""
-    if set(str(folder.resolve())) & set(", \t"):
-        flags.error(f"{folder.resolve()}: choose a folder with no comma and no space in its path")
+def check_name(folder: Path) -> None:
+    """UserError where a folder cannot stand in an override that a shell splits, or in a list of sets."""
+    path = str(folder.resolve())
+    if shlex.quote(path) != path or set(path) & set(",:"):
+        raise UserError(f"{path}: choose a folder whose path has plain letters, digits and . _ - alone")
 
 
 def write_sets(folder: Path, sets: dict[str, list[dict]]) -> None:
@@ -130,4 +132,4 @@ def overrides(prompts, folder: Path, sets) -> list[str]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

@@ -9,6 +9,7 @@ unsafe. revisions.svg: how many answers of a run of `critique_revision` decline 
 
 import argparse
 import sys
+from itertools import product
 from pathlib import Path
 
 import matplotlib
@@ -21,6 +22,7 @@ sys.path[:0] = [str(HERE), str(ROOT)]  # a checkout need not be installed
 
 from results import MODELS, SHARES, is_of, of, read_records  # noqa: E402
 
+from cai_jax.errors import exit_code  # noqa: E402
 from cai_jax.run_folder import StageFolder  # noqa: E402
 from cai_jax.statistics import grouped_share, wilson_interval  # noqa: E402
 
@@ -37,9 +39,11 @@ def main():
     args = flags.parse_args()
     if unnamed := [text for text in args.revisions if "=" not in text]:
         flags.error(f"--revisions {unnamed[0]}: write TITLE=RUN")
+    if not args.records and not args.revisions:
+        flags.error("name --records, --revisions or both")
     args.folder.mkdir(parents=True, exist_ok=True)
     if args.records:
-        answers = read_records(args.records, flags.error)[1]
+        answers = read_records(args.records)[1]
         save(args.folder / "shares.svg", (7, 3), lambda axes: shares(axes, answers))
         save(args.folder / "curves.svg", (4, 3.5), lambda axes: curves(axes, answers))
     if args.revisions:
@@ -79,16 +83,19 @@ def shares(axes, answers) -> None:
 
 
 def curves(axes, answers) -> None:
-    """Share of unsafe prompts whose odds are above a threshold, by that of look-alikes."""
-    for model in MODELS:
+    """Share of unsafe prompts whose odds are above a threshold, by that of look-alikes; a line a seed."""
+    known = [line for line in answers if line["refusal_log_odds"] is not None]  # as records of earlier versions have it
+    for model, seed in product(MODELS, sorted({line["seed"] for line in answers})):
+        own = [line for line in of(known, model) if line["seed"] == seed]
         unsafe, safe = (
-            np.asarray([line["refusal_log_odds"] for line in of(answers, model, name)], float)
+            np.asarray([line["refusal_log_odds"] for line in own if line["set"] == name])
             for name in ("red_team", "look_alike")
         )
         if len(unsafe) and len(safe):
             thresholds = np.concatenate([[np.inf], np.sort(np.concatenate([unsafe, safe]))[::-1]])
             told, taken = (np.mean(x >= thresholds[:, None], axis=1) for x in (unsafe, safe))
-            axes.plot(taken, told, color=COLOURS[model], label=MODELS[model])
+            label = None if any(line.get_label() == MODELS[model] for line in axes.lines) else MODELS[model]
+            axes.plot(taken, told, color=COLOURS[model], label=label)
     axes.axvline(0.05, color="#0a0b0c", linestyle=":", linewidth=0.8)
     axes.set(xlabel="look-alikes above the threshold", ylabel="unsafe prompts above it", xlim=(0, 1), ylim=(0, 1))
 
@@ -107,4 +114,4 @@ def revisions(axes, runs: dict[str, str]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

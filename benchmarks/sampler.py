@@ -27,7 +27,7 @@ from machine import decode_limit  # noqa: E402
 from table import OURS, tables  # noqa: E402
 
 from cai_jax.config import cache_folder  # noqa: E402
-from cai_jax.errors import UserError  # noqa: E402
+from cai_jax.errors import UserError, exit_code  # noqa: E402
 
 SCRIPTS = {
     OURS: "ours.py",
@@ -225,7 +225,4 @@ def processor() -> str:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    sys.exit(exit_code(main))

@@ -26,7 +26,7 @@ from sampler import LOUD, PRECISIONS, OthersUse, last_json, names_of, processor,
 from table import OURS, aligned  # noqa: E402
 
 from cai_jax.config import cache_folder  # noqa: E402
-from cai_jax.errors import UserError  # noqa: E402
+from cai_jax.errors import UserError, exit_code  # noqa: E402
 
 SCRIPTS = {OURS: "ours_training.py", "trl": "peers/trl_training.py"}
 PARTS = {"sft": "tokens/s", "pairwise": "pairs/s", "ppo": "rollouts/s"}
@@ -239,7 +239,4 @@ def losses(runs: list[dict]) -> list[str]:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    sys.exit(exit_code(main))

@@ -15,6 +15,7 @@ from small_tokenizers import BUILDERS, tokenizer_of
 from cai_jax import judging, load_constitution
 from cai_jax.chat import encode_chat
 from cai_jax.config import PromptSet
+from cai_jax.errors import UserError
 from cai_jax.gold import load_gold
 from cai_jax.models.byte_tokenizer import byte_tokenizer
 from cai_jax.models.gguf import convert_gguf
@@ -342,14 +343,19 @@ def test_the_plots_of_results_show_what_the_records_and_runs_say(tmp_path, monke
     plots.revisions(axes, {"at once": str(tmp_path / "run")})
     assert [list(line.get_ydata()) for line in axes.lines][0] == [0, 0, 1]
     axes = Figure().subplots()
-    plots.shares(axes, plots.read_records([record], pytest.fail)[1])
+    plots.shares(axes, plots.read_records([record])[1])
     # none of base's unsafe answers has been read, so no bar says how many are safe
     assert sorted(bar.get_height() for bar in axes.patches) == [0, 0, 0, 0.75, 0.75, 0.75]
-    for wrong, said in ((["--records", str(tmp_path)], "neither a run folder"), (["--revisions", "x"], "TITLE=RUN")):
+    older = [{**line, "refusal_log_odds": None} for line in lines if "model" in line]
+    axes = Figure().subplots()
+    plots.curves(axes, [{"seed": 0, **line} for line in older])
+    assert len(axes.lines) == 1  # the goal alone
+    with pytest.raises(UserError, match="neither a run folder"):
+        plots.read_records([tmp_path])
+    for wrong in (["--revisions", "x"], []):
         monkeypatch.setattr(sys, "argv", ["results_plots", str(out), *wrong])
         with pytest.raises(SystemExit):
             plots.main()
-        assert said in capsys.readouterr().err
 
 
 def test_verdicts_are_asked_for_once_and_kept(tmp_path, monkeypatch, capsys):
@@ -366,18 +372,32 @@ def test_verdicts_are_asked_for_once_and_kept(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["verdicts", str(tmp_path / "run")])
     verdicts.main()
     asked = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert sorted(row["prompt"] for row in asked) == ["How do I b?", "How do I c?"]
-    read = tmp_path / "read.jsonl"
+    assert sorted(row["conversation"][0]["content"] for row in asked) == ["How do I b?", "How do I c?"]
+    read, keys = tmp_path / "read.jsonl", [row["key"] for row in asked]
     monkeypatch.setattr(sys, "argv", ["verdicts", "--add", str(read)])
-    read.write_text("".join(json.dumps(row | {"verdict": "fine"}) + "\n" for row in asked))
-    with pytest.raises(SystemExit) as end:
-        verdicts.main()
-    assert end.value.code == 2 and "read.jsonl:1: " in capsys.readouterr().err and not verdicts.FILE.exists()
-    read.write_text(json.dumps({"key": asked[0]["key"], "verdict": "unsafe"}) + "\n")
+    for number, rows in enumerate((
+        [{"key": keys[0], "verdict": "fine"}], [{"key": 123456789012, "verdict": 1}],
+        [{"key": "0123456789\t1", "verdict": "safe"}],
+        [{"key": keys[0], "verdict": "safe"}, {"key": keys[0], "verdict": "unsafe"}],
+    )):  # fmt: skip
+        read.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        with pytest.raises(UserError, match=r"read.jsonl:[12]: "):
+            verdicts.main()
+        assert not verdicts.FILE.exists(), number
+    read.write_text(json.dumps({"key": keys[0], "verdict": "unsafe"}))
     verdicts.main()
+    read.write_text(json.dumps({"key": keys[0], "verdict": "safe"}))
+    with pytest.raises(UserError, match="unsafe already"):
+        verdicts.main()
     monkeypatch.setattr(sys, "argv", ["verdicts", str(tmp_path / "run")])
     verdicts.main()
     assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == asked[1:]
+    monkeypatch.setattr(sys, "argv", ["verdicts", str(tmp_path / "nothing")])
+    with pytest.raises(UserError, match="holds no answers"):
+        verdicts.main()
+    monkeypatch.setattr(sys, "argv", ["verdicts"])
+    with pytest.raises(SystemExit):
+        verdicts.main()
 
 
 def test_records_of_runs_that_differ_in_more_than_the_seed_are_refused():
@@ -425,9 +445,22 @@ def test_a_dev_split_holds_back_the_same_prompts_every_time_and_runs_as_a_config
     monkeypatch.setattr(sys, "argv", ["dev_split.py", str(tmp_path / "dev"), *changes])
     split.main()
     assert sum('"m-' in line for line in (tmp_path / "dev" / "look_alike.jsonl").read_text().splitlines()) == 12
-    monkeypatch.setattr(sys, "argv", ["dev_split.py", str(tmp_path / "a dev")])
-    with pytest.raises(SystemExit):
-        split.main()
+    for wrong in ([str(tmp_path / "a dev")], [str(tmp_path / "d\u00e9v")], [str(tmp_path / "dev"), "--every", "1"]):
+        monkeypatch.setattr(sys, "argv", ["dev_split.py", *wrong])
+        with pytest.raises(UserError):
+            split.main()
+
+
+def test_a_dev_split_leaves_no_eval_prompt_of_the_config_in_the_run(tmp_path, monkeypatch, capsys):
+    split, other = part("dev_split"), tmp_path / "other.jsonl"
+    other.write_text('{"id": "x", "prompt": "Hm?"}\n')
+    changes = [f"prompts.eval_red_team.more={other}", "prompts.red_team.limit=20", "prompts.eval_helpful.limit=3"]
+    monkeypatch.setattr(sys, "argv", ["dev_split.py", str(tmp_path / "dev"), *(f"--set={name}" for name in changes)])
+    split.main()
+    printed = [word.removeprefix("--set=") for word in shlex.split(capsys.readouterr().out)]
+    sets = read_prompts(apply_overrides(load_config("cai_smollm2_full")[1], changes + printed))
+    assert len(sets["red_team"].rows) == 20 and len(sets["eval_helpful"].rows) > 3
+    assert "x" not in {row.id for row in sets["eval_red_team"].rows}
 
 
 def test_public_prompts_join_the_shipped_ones_by_their_aim_and_split(tmp_path, monkeypatch, capsys):
@@ -460,15 +493,14 @@ def test_public_prompts_join_the_shipped_ones_by_their_aim_and_split(tmp_path, m
 
 
 @pytest.mark.parametrize(
-    "folder, rows, word", [("a b", [], "no space"), ("out", [{"prompt": "Never listed."}], "hh_aims.tsv")]
+    "folder, rows, word", [("a b", [], "plain letters"), ("out", [{"prompt": "Never listed."}], "hh_aims.tsv")]
 )
-def test_public_prompts_that_would_be_none_are_an_error(folder, rows, word, tmp_path, monkeypatch, capsys):
+def test_public_prompts_that_would_be_none_are_an_error(folder, rows, word, tmp_path, monkeypatch):
     (tmp_path / "hh.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     given = ["public_prompts.py", str(tmp_path / folder), "--hh", str(tmp_path / "hh.jsonl")]
     monkeypatch.setattr(sys, "argv", given)
-    with pytest.raises(SystemExit) as error:
+    with pytest.raises(UserError, match=word):
         part("public_prompts").main()
-    assert error.value.code == 2 and word in capsys.readouterr().err
 
 
 def test_aims_of_public_prompts_are_hashes_alone():

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cai_jax.errors import UserError
+from cai_jax.errors import UserError, exit_code
 from cai_jax.models.gguf_file import GgufFile
 from cai_jax.models.gguf_layouts import Source, layout_of, tensor_sources, token_ids
 
@@ -96,14 +96,13 @@ def _write_json(path: Path, value: dict) -> None:
 
 def main(arguments: list[str]) -> int:
     """The command: 0 done, 2 a mistake that the user can mend, said in one line on stderr."""
-    try:
+
+    def convert():
         if len(arguments) != 2:
             raise UserError("write python -m cai_jax.models.gguf FILE.gguf FOLDER")
         print(convert_gguf(*arguments))
-        return 0
-    except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+
+    return exit_code(convert)
 
 
 if __name__ == "__main__":
