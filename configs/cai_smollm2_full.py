@@ -25,8 +25,8 @@ def config() -> c.Config:
         ),
         sampler=c.Sampler(rows=32, max_length=2048),
         # A 135M model takes up the form of the worked revisions more often where no critique stands between, and what
-        # it writes after its first sentence is noise. The time that more drafts or passes would take goes into more
-        # prompts: docs/results.md.
+        # it writes after its first sentence is noise. The time that more drafts would take goes into more prompts:
+        # docs/results.md.
         critique_revision=c.CritiqueRevision(
             rounds=1, critiques=False, draws=2, sentences=1, principles="matched", response=answer, revision=revision,
             rows_per_shard=64,
