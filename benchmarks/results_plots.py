@@ -73,13 +73,18 @@ def shares(axes, answers) -> None:
             if own and None not in hits:
                 share = grouped_share(hits, [line["id"] for line in own])
                 x = place + (number - (len(models) - 1) / 2) / (len(models) + 1)
-                error = [[share["value"] - share["low"]], [share["high"] - share["value"]]]
-                axes.bar(x, share["value"], 0.9 / (len(models) + 1), color=COLOURS[model], yerr=error, capsize=2,
-                         error_kw={"linewidth": 0.8}, label=MODELS[model] if place == 0 else None)  # fmt: skip
+                axes.bar(x, share["value"], 0.9 / (len(models) + 1), color=COLOURS[model], yerr=reach([share]),
+                         capsize=2, error_kw={"linewidth": 0.8}, label=MODELS[model] if place == 0 else None)  # fmt: skip
         if goal:
             axes.hlines(float(goal.split()[1]), place - 0.45, place + 0.45, colors="#0a0b0c", linestyles=":")
     axes.set_xticks(range(len(SHOWN)), [title.replace(" declined", "\ndeclined") for title in SHOWN])
     axes.set_ylim(0, 1)
+
+
+def reach(intervals: list[dict]) -> np.ndarray:
+    """How far intervals reach down and up from their values, `[2, count]`; rounding may make that less than 0."""
+    value, low, high = (np.asarray([interval[name] for interval in intervals]) for name in ("value", "low", "high"))
+    return np.maximum([value - low, high - value], 0)
 
 
 def curves(axes, answers) -> None:
@@ -107,8 +112,7 @@ def revisions(axes, runs: dict[str, str]) -> None:
         kinds = [[row["kind"], *(entry["kind"] for entry in row["rounds"])] for row in rows]
         counts = range(min(map(len, kinds)))
         found = [wilson_interval(sum(row[n] == "refusal" for row in kinds), len(kinds)) for n in counts]
-        middle, low, high = (np.asarray([share[name] for share in found]) for name in ("value", "low", "high"))
-        axes.errorbar(counts, middle, [middle - low, high - middle], capsize=2, label=title)
+        axes.errorbar(counts, [share["value"] for share in found], reach(found), capsize=2, label=title)
     axes.set(xlabel="revisions", ylabel="answers that decline", ylim=(0, 1))
     axes.xaxis.get_major_locator().set_params(integer=True)
 

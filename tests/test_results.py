@@ -61,7 +61,7 @@ def test_the_plots_of_results_show_what_the_records_and_runs_say(tmp_path, monke
     record.write_text("".join(json.dumps(line) + "\n" for line in lines))
     folder = StageFolder(tmp_path / "run", "critique_revision")
     folder.begin({})
-    folder.write_shard(0, 1, [{"kind": "answer", "rounds": [{"kind": "answer"}, {"kind": "refusal"}]}] * 3)
+    folder.write_shard(0, 1, [{"kind": "answer", "rounds": [{"kind": "answer"}, {"kind": "refusal"}]}] * 48)
     out = tmp_path / "plots"
     given = ["--records", str(record), "--revisions", f"at once={tmp_path / 'run'}"]
     monkeypatch.setattr(sys, "argv", ["results_plots", str(out), *given])
