@@ -73,8 +73,9 @@ def shares(axes, answers) -> None:
             if own and None not in hits:
                 share = grouped_share(hits, [line["id"] for line in own])
                 x = place + (number - (len(models) - 1) / 2) / (len(models) + 1)
+                label = MODELS[model] if place == 0 else None
                 axes.bar(x, share["value"], 0.9 / (len(models) + 1), color=COLOURS[model], yerr=reach([share]),
-                         capsize=2, error_kw={"linewidth": 0.8}, label=MODELS[model] if place == 0 else None)  # fmt: skip
+                         capsize=2, error_kw={"linewidth": 0.8}, label=label)  # fmt: skip
         if goal:
             axes.hlines(float(goal.split()[1]), place - 0.45, place + 0.45, colors="#0a0b0c", linestyles=":")
     axes.set_xticks(range(len(SHOWN)), [title.replace(" declined", "\ndeclined") for title in SHOWN])
