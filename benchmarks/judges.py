@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from cai_jax.errors import exit_code
 from cai_jax.provenance import read_json
 
 VOTER = "options"
@@ -94,4 +95,4 @@ def _markdown(head: list[str], rows: list[list[str]]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

@@ -19,6 +19,7 @@ ROOT = HERE.parent
 sys.path[:0] = [str(ROOT)]  # a checkout need not be installed
 
 from cai_jax.constitution import load_constitution  # noqa: E402
+from cai_jax.errors import exit_code  # noqa: E402
 from cai_jax.named_runs import load_config  # noqa: E402
 from cai_jax.provenance import read_json, read_jsonl  # noqa: E402
 from cai_jax.rules import satisfies  # noqa: E402
@@ -151,4 +152,4 @@ def told(of: dict) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

@@ -20,6 +20,7 @@ ROOT = HERE.parent
 sys.path[:0] = [str(ROOT)]  # a checkout need not be installed
 
 from cai_jax.chat import encode_chat  # noqa: E402
+from cai_jax.errors import exit_code  # noqa: E402
 from cai_jax.models import transformer  # noqa: E402
 from cai_jax.models.pretrained import load_model  # noqa: E402
 from cai_jax.named_runs import load_config  # noqa: E402
@@ -109,4 +110,4 @@ def readout(unsafe, safe, ridge: float):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))
