@@ -201,9 +201,11 @@ class Ppo:
     """PPO with a KL penalty to the frozen SL-CAI model; sources beside the formulas in objectives/ppo.py."""
 
     policy: str = ""  # where policy and reference start; "": the SL-CAI model of this run
-    reward: str = "model"  # score of a response by: model, a reward model; judge, a rating from 1 to 10; rule, checks
+    # Score of a response by: model, a reward model; judge, a rating from 1 to 10; examples, how much likelier worked
+    # answers of the aim of the prompt's set make it, as `preferences.examples` has it; rule, checks.
+    reward: str = "model"
     reward_model: str = ""  # "": the reward model of this run
-    judge: str = ""  # model that rates; "": the model that the run starts from
+    judge: str = ""  # model that rates, or that reads the worked answers; "": the model that the run starts from
     principles: str = "drawn"  # for judge and rule: drawn, one for each prompt of an update; all, the mean over them
     value_trunk: str = "separate"  # a value model of its own, or shared: a value head on the policy
     updates: int = 100
@@ -280,10 +282,10 @@ class Grpo:
     """GRPO (Shao et al. 2024, arXiv 2402.03300): a response is compared with others to its prompt, no value model."""
 
     policy: str = ""  # where policy and reference start; "": the SL-CAI model of this run
-    reward: str = "model"  # as in Ppo, with the two below
+    reward: str = "model"  # as in Ppo, with the three below
     reward_model: str = ""  # "": the reward model of this run
-    judge: str = ""  # model that rates; "": the model that the run starts from
-    principles: str = "drawn"  # drawn or all
+    judge: str = ""
+    principles: str = "drawn"
     updates: int = 100
     rollouts: int = 64  # rows an update
     group: int = 8  # of them to one prompt

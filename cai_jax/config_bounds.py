@@ -24,7 +24,7 @@ _AXIS = (lambda value: value == -1 or value >= 1), "at least 1, or -1 for whatev
 _OURS_OR_EXTERNAL = (lambda value: value in ("", "external")), "empty (the model itself) or external"
 _DTYPE = _one_of("float32", "bfloat16")
 _OF_ROLLOUTS = {
-    "reward": _one_of("model", "judge", "rule"),
+    "reward": _one_of("model", "judge", "examples", "rule"),
     "principles": _one_of("drawn", "all"),
     "updates": _at_least(1),
     "rollouts": _at_least(1),

@@ -162,7 +162,8 @@ def test_a_value_out_of_range_is_refused_by_field(override):
     "preferences.rule.probability=1", "preferences.filters.least_confidence=0.5", "stages=evaluate",
     "ppo.reward=judge", "ppo.reward=rule", "ppo.principles=all", "ppo.value_trunk=shared", "ppo.kl_per=sequence",
     "ppo.kl_target=6", "ppo.max_update_kl=0.1", "ppo.score_clip=3", "ppo.normalise_scores=true", "grpo.group=2",
-    "grpo.length_norm=limit", "grpo.scale_advantages=false", "grpo.kl_coef=0", "stages=grpo", "stages=ppo,grpo",
+    "grpo.length_norm=limit", "grpo.scale_advantages=false", "grpo.kl_coef=0", "grpo.reward=examples", "stages=grpo",
+    "stages=ppo,grpo",
     "dpo.smoothing=0.499", "best_of_n.n=2", "stages=dpo,best_of_n", "stages=evaluate", "stages=sft,ppo", "lora.rank=1",
     "lora.targets=v", "ppo.frozen_dtype=int8",
 ])

@@ -78,6 +78,17 @@ class Examples:
             return Opinion(None, TOO_LONG)
         return Opinion(self.settings.scale * (ratios[0] - ratios[1]), detail={"ratios": ratios})
 
+    def rate(self, messages: Sequence[dict], response: str, principles: Sequence[Principle]) -> Row:
+        """A row program that returns what `compare` takes the difference of, for one response: a reward, in nats.
+
+        None where the response does not fit the judge's context.
+        """
+        worked = self._worked(principles)
+        ratios = yield from log_ratios(
+            self.judge.tokenizer, self.judge.fits, *worked, messages, [response], self.settings.per_token
+        )
+        return None if ratios is None else self.settings.scale * ratios[0]
+
 
 def log_ratios(
     tokenizer,

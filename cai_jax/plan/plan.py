@@ -168,7 +168,7 @@ def models_of(config: Config) -> dict[str, tuple[ModelConfig, str]]:
 
 def _scoring_model(settings) -> tuple[str, ...]:
     """The field that names the model that scores rollouts; a rule has none."""
-    return {"model": ("reward_model",), "judge": ("judge",), "rule": ()}[settings.reward]
+    return {"model": ("reward_model",), "rule": ()}.get(settings.reward, ("judge",))
 
 
 def smallest_plan(config: Config, chip: Accelerator, measurer: Measurer) -> Plan:

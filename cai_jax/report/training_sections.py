@@ -149,6 +149,7 @@ def _reward_figures(metrics: list[dict], held_out: dict) -> Html:
 
 SCORED_BY = {
     "judge": "a judge model, which rates each answer from 1 to 10",
+    "examples": "a judge model, by how much likelier worked answers of the prompt's aim make each answer",
     "rule": "the checks of the constitution",
 }
 ROLLOUT_PANELS = [

@@ -103,9 +103,9 @@ class Sampler:
         asked = zip(conversations, rows_of_options, strict=True)
         return self.run([_only(Score([*prefix, *c], row)) for c, row in asked], prefix)
 
-    def run(self, rows: Iterable[Row], prefix: Sequence = ()) -> list:
-        """What each row program returns, in order."""
-        return [result for _, result in sorted(self.stream(rows, prefix), key=lambda pair: pair[0])]
+    def run(self, rows: Iterable[Row], prefix: Sequence = (), more: Sequence[Sequence] = ()) -> list:
+        """What each row program returns, in order; arguments as in `stream`."""
+        return [result for _, result in sorted(self.stream(rows, prefix, more), key=lambda pair: pair[0])]
 
     def stream(
         self, rows: Iterable[Row], prefix: Sequence = (), more: Sequence[Sequence] = ()

@@ -56,6 +56,8 @@ def fingerprint_of(context, stage: str) -> dict:
     draws = stage == "evaluate" and _draws_best_of_n(context)
     if draws:
         wanted += ("best_of_n.",)
+    if stage in REINFORCED and getattr(context.config, stage).reward == "examples":
+        wanted += ("preferences.examples.",)
     if stage == "judge":
         wanted += tuple(f"preferences.{name}" for name in LABELING)
     fingerprint = {

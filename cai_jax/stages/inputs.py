@@ -67,7 +67,7 @@ def judge_of(config: Config, stage: str) -> str:
     """The model that the config puts in the place of the base model as the judge of a stage; "": none, or no judge."""
     if stage in ("judge", "preferences"):
         return config.preferences.judge
-    if stage in REINFORCED and getattr(config, stage).reward == "judge":
+    if stage in REINFORCED and getattr(config, stage).reward in ("judge", "examples"):
         return getattr(config, stage).judge
     return ""
 
@@ -134,18 +134,25 @@ def read_mixed(config: Config, prompts: dict[str, PromptRows]) -> dict[str, Conv
 
 def check_principles(config: Config, constitution: Constitution) -> None:
     """Raise UserError where the constitution does not give what the labelers of a selected stage need."""
+    reinforced = [stage for stage in config.stages if stage in REINFORCED]
+    rewarded = [f"{stage}.reward" for stage in reinforced if getattr(config, stage).reward == "examples"]
     asked = {name for stage in config.stages for name in labelers_of(config, stage)}
+    asked |= {"examples"} if rewarded else set()
     if "rule" in asked and not any(principle.check for principle in constitution.principles):
         raise UserError(f"{constitution.path}: no principle has a check, which the labeler rule needs: write one, "
                         "or take rule out of preferences.labelers and judge.also")
     if "examples" in asked and not constitution.critique_few_shots:
+        named = ", ".join(rewarded) or "preferences.labelers and judge.also"
         raise UserError(f"{constitution.path}: few_shots has no worked critique, and the labeler examples needs some: "
-                        "write them, or take examples out of preferences.labelers and judge.also")
+                        f"write them, or take examples out of {named}")
     draws = config.critique_revision.draws if "critique_revision" in config.stages else 1
     if draws > 1 and not constitution.critique_few_shots:
         raise UserError(f"{constitution.path}: few_shots has no worked critique, by which critique_revision.draws "
                         f"({draws}) chooses: write some, or set critique_revision.draws=1")
     _check_aims(config, constitution, asked)
+    if rewarded and constitution.aims != ("",) and (missing := _without_principle(constitution)):
+        raise UserError(f"{constitution.path}: no principle has the aim {missing[0]}, which {rewarded[0]}=examples "
+                        "needs: write one, or take another reward")
     if "preferences" not in config.stages:
         return
     count, there = config.preferences.principles, len(constitution.principles)
@@ -169,12 +176,17 @@ def _check_aims(config: Config, constitution: Constitution, asked: set[str]) -> 
         raise UserError("preferences.labelers: examples reads the worked answers of the aim of a pair's principle, and "
                         f"{constitution.path} has {' and '.join(sorted(told))} ones: set preferences.matched=true, so "
                         "that the aim fits the prompt")
-    if settings.matched and (missing := [aim for aim in AIMS if not {aim, ""} & set(constitution.aims)]):
+    if settings.matched and (missing := _without_principle(constitution)):
         raise UserError(f"{constitution.path}: no principle has the aim {missing[0]}, which preferences.matched needs: "
                         "write one, or set preferences.matched=false")
     if settings.matched and constitution.aims == ("",):
         raise UserError(f"{constitution.path}: no principle has an aim, by which preferences.matched goes: write them, "
                         "or set preferences.matched=false")
+
+
+def _without_principle(constitution: Constitution) -> list[str]:
+    """The aims that no principle has; one that says no aim is of either."""
+    return [aim for aim in AIMS if not {aim, ""} & set(constitution.aims)]
 
 
 def check_models(config: Config, run_dir: Path) -> None:
@@ -296,10 +308,11 @@ def _check_rewards(stage: str, config: Config, base: ModelInfo, models: dict) ->
         longest = min(row, models["sft"].config.max_position)
         name = f"{stage}.max_prompt_tokens + {stage}.response.max_new_tokens"
         _check_length(name, longest, models["reward_model"])
-    elif settings.reward == "judge":
+    elif settings.reward in ("judge", "examples"):
         judge = check_model(settings.judge, "policy") if settings.judge else base
         _check_tokenizer(judge)
-        resolve_ratings(judge.tokenizer)
+        if settings.reward == "judge":
+            resolve_ratings(judge.tokenizer)
     elif not _has_checks(config):
         raise UserError(f"{stage}.reward=rule: no principle of the constitution ({config.constitution}) has a check; "
                         "name one that has, such as verifiable")
@@ -339,7 +352,7 @@ def _check_monitor(stage: str, config: Config, base: ModelInfo, models: dict) ->
 def _is_training_reward(stage: str, config: Config, models: dict) -> bool:
     """Whether the monitors' judge is what the policy is trained on: the same kind, and the same model."""
     settings, trained_on = config.monitor, getattr(config, stage)
-    kind = {"model": "model", "judge": "rating", "rule": "rule"}[trained_on.reward]
+    kind = {"judge": "rating"}.get(trained_on.reward, trained_on.reward)
     if settings.judge != kind or kind == "rule":
         return settings.judge == kind
     if kind == "rating":

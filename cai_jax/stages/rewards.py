@@ -1,9 +1,11 @@
 """Where the score of a rollout comes from, and the arrays that a frozen model adds to it.
 
-    model   a reward model reads prompt and response
-    judge   a language model rates the response from 1 to 10 under principles; the score is the mean of that rating
-            (direct RLAIF: Lee et al. 2023, arXiv 2309.00267, section 2.2.2)
-    rule    the checks of the constitution: the share of them that the response satisfies, exactly
+    model     a reward model reads prompt and response
+    judge     a language model rates the response from 1 to 10 under principles; the score is the mean of that rating
+              (direct RLAIF: Lee et al. 2023, arXiv 2309.00267, section 2.2.2)
+    examples  a language model finds the response likelier after worked answers of the aim of the prompt's set than
+              after those of the other aim, by so many nats (labelers/examples.py); direct RLAIF, too
+    rule      the checks of the constitution: the share of them that the response satisfies, exactly
 
 A rollout without a score (the judge cannot hold it) is counted and left out of the update; none is made up.
 """
@@ -17,6 +19,7 @@ import numpy as np
 
 from cai_jax.constitution import Principle
 from cai_jax.errors import UserError
+from cai_jax.labelers.examples import Examples
 from cai_jax.labelers.judge import Judge
 from cai_jax.labelers.rating import Rating
 from cai_jax.mesh import on_host
@@ -43,8 +46,8 @@ def load_source(context, stage: str) -> Source:
     if settings.reward == "model":
         dtype = settings.frozen_dtype
         return Source("model", context.load_from("reward_model", settings.reward_model, "reward", dtype=dtype))
-    if settings.reward == "judge":
-        return Source("judge", context.load(settings.judge or context.config.model.source, "policy"))
+    if settings.reward in ("judge", "examples"):
+        return Source(settings.reward, context.load(settings.judge or context.config.model.source, "policy"))
     return Source("rule")
 
 
@@ -104,7 +107,7 @@ def lower_score(config, stage, policy, value_config, scorer, mesh, reference, va
 
 
 def text_scores(context, stage: str, source: Source, rollouts: Rollouts) -> np.ndarray:
-    """Scores `[B]` of texts by judge or rule; nan for those that the judge cannot rate.
+    """Scores `[B]` of texts by a judge, of either kind, or a rule; nan for those that the judge cannot rate.
 
     Raises UserError where it can rate none of them.
     """
@@ -113,8 +116,13 @@ def text_scores(context, stage: str, source: Source, rollouts: Rollouts) -> np.n
     if source.kind == "rule":
         return np.asarray([rule_score(text, under) for _, text, under in asked], np.float32)
     sampler = context.sampler(source.model)
-    rate = rater(source.model, sampler.max_length)
-    ratings = sampler.run(rate(messages_of(prompt), text, under) for prompt, text, under in asked)
+    rate, starts = rater(source.model, sampler.max_length), []
+    if source.kind == "examples":
+        reader = Judge(source.model.tokenizer, source.model.hash, sampler.max_length)
+        labeler = Examples(reader, context.config.preferences.examples, context.constitution)
+        rate, starts = labeler.rate, labeler.starts(principles)
+    programs = (rate(messages_of(prompt), text, under) for prompt, text, under in asked)
+    ratings = sampler.run(programs, *starts[:1], more=starts[1:])
     if all(rating is None for rating in ratings):
         raise UserError(
             f"{stage}: the judge ({source.model.tokenizer.name_or_path}) can rate not one of {len(asked)} rollouts "
@@ -129,7 +137,11 @@ def rater(judge: Model, max_length: int) -> Callable:
 
 
 def _principles(context, stage: str, source: Source, rollouts: Rollouts, prompt) -> Sequence[Principle]:
-    """Those that judge or rule go by: all, or one drawn for the prompt of this draw, the same for a whole group."""
+    """Those that a score goes by: all of the aim of the prompt's set for `examples`, which reads no principle but its
+    aim; else all, or one drawn for the prompt of this draw, the same for a whole group."""
+    if source.kind == "examples":
+        unsafe = any(row.id == prompt.id for row in context.prompts["red_team"].rows)
+        return context.constitution.matching("", "harmless" if unsafe else "helpful")
     principles = context.constitution.principles
     if source.kind == "rule":
         principles = [principle for principle in principles if principle.check]

@@ -97,9 +97,10 @@ def test_what_a_plan_of_ppo_holds_follows_from_the_choice_of_reward_and_value(pp
     assert line(rule, "train step").program.resident == pytest.approx(one, rel=0.02), "the reference alone"
     assert line(rule, "score rollouts").program.work.flops < 0.7 * line(plan, "score rollouts").program.work.flops
     assert "ppo.reward_model" not in rule.models
-    judged = planned("ppo.reward=judge")
-    assert [each.program.name for each in judged.lines].count("prefill") == 2
-    assert line(judged, "train step").program.resident == pytest.approx(2 * one, rel=0.02), "reference and judge"
+    for reward in ("judge", "examples"):
+        judged = planned(f"ppo.reward={reward}")
+        assert [each.program.name for each in judged.lines].count("prefill") == 2
+        assert line(judged, "train step").program.resident == pytest.approx(2 * one, rel=0.02), "reference and judge"
 
 
 @pytest.mark.parametrize("judge, programs", [("rule", 0), ("rating", 3), ("contrast", 3), ("model", 1)])

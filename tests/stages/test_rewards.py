@@ -1,5 +1,6 @@
 """Where scores come from: rules exactly, judges by row programs, and what has no score stays out of the update."""
 
+import itertools
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -8,7 +9,8 @@ import numpy as np
 import pytest
 
 from cai_jax import Sampler
-from cai_jax.config import Config, Grpo, Mesh, Model, Ppo, Sampling
+from cai_jax.chat import completion_ids, turn_end_id
+from cai_jax.config import Config, Examples, Grpo, Mesh, Model, Ppo, Preferences, Sampling
 from cai_jax.config_rules import validate
 from cai_jax.constitution import load_constitution
 from cai_jax.errors import UserError
@@ -155,3 +157,51 @@ def test_a_judge_is_checked_at_the_door_and_part_of_the_fingerprint(tmp_path):
     assert "input.judge" not in own and named["input.judge"] == load_model("random:qwen2").hash
     with pytest.raises(UserError, match="nowhere"):
         prepared(tmp_path, "ppo.reward=judge", f"ppo.judge={tmp_path}/nowhere")
+
+
+def aimed_context(*principles, **settings):
+    context = context_of(reward="examples", **settings)
+    context.constitution = load_constitution("harmless_helpful", principles)
+    context.prompts = {"red_team": SimpleNamespace(rows=[SimpleNamespace(id="p0")])}
+    context.sampler = lambda model: Sampler(model, max_length=1024, rows=2)
+    return context
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+def test_examples_score_by_the_worked_answers_of_the_aim_of_the_prompts_set(judge, per_token):
+    context = aimed_context("no_lecture", "no_scams")  # a worked critique of each aim
+    context.config = replace(context.config, preferences=Preferences(examples=Examples(per_token=per_token)))
+    scores = rewards.text_scores(context, "ppo", replace(judge, kind="examples"), rolled())
+    constitution, tokenizer = context.constitution, judge.model.tokenizer
+    shots = {constitution.principle(shot.principle).aim: shot for shot in constitution.critique_few_shots}
+
+    def after(aim, prompt, text):
+        shown = (("user", shots[aim].prompt), ("assistant", shots[aim].revision))
+        conversation = [*({"role": role, "content": said} for role, said in shown), *prompt.messages]
+        return (yield Score(conversation, [completion_ids(tokenizer, text, turn_end_id(tokenizer))]))[0]
+
+    asked = zip(("harmless", "harmless", "helpful", "helpful"), rolled().prompts, TEXTS, strict=True)
+    other = {"harmless": "helpful", "helpful": "harmless"}
+    pairs = [(after(aim, *rest), after(other[aim], *rest)) for aim, *rest in asked]
+    logprobs = iter(Sampler(judge.model, max_length=1024, rows=4).run(itertools.chain(*pairs)))
+    want = [(np.mean if per_token else np.sum)(own - against) for own, against in zip(logprobs, logprobs, strict=True)]
+    np.testing.assert_allclose(scores, want, atol=1e-3)
+    assert len(set(want)) == 4
+
+
+def test_examples_as_a_reward_are_checked_at_the_door(tmp_path):
+    def refused(*overrides):
+        with pytest.raises(UserError) as told:
+            prepared(tmp_path, "ppo.reward=examples", "constitution=harmless_helpful", *overrides)
+        return str(told.value)
+
+    named = "ppo.reward=examples needs: write one, or take another reward"
+    assert f"no principle has the aim helpful, which {named}" in refused("principles=no_scams")
+    assert "needs some: write them, or take examples out of ppo.reward" in refused("principles=true_about_itself")
+    assert "nowhere" in refused(f"ppo.judge={tmp_path}/nowhere")
+    watched = ("monitor.every=1", "monitor.judge=rating")  # another judge than the reward, though the same model
+    fingerprints = [
+        prepared(tmp_path, "ppo.reward=examples", *watched, f"preferences.examples.per_token={each}").fingerprint("ppo")
+        for each in (False, True)
+    ]
+    assert fingerprints[0] != fingerprints[1] and "input.reward_model" not in fingerprints[0]
