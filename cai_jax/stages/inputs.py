@@ -136,13 +136,14 @@ def check_principles(config: Config, constitution: Constitution) -> None:
     """Raise UserError where the constitution does not give what the labelers of a selected stage need."""
     reinforced = [stage for stage in config.stages if stage in REINFORCED]
     rewarded = [f"{stage}.reward" for stage in reinforced if getattr(config, stage).reward == "examples"]
-    asked = {name for stage in config.stages for name in labelers_of(config, stage)}
-    asked |= {"examples"} if rewarded else set()
+    labelers = {name for stage in config.stages for name in labelers_of(config, stage)}
+    asked = labelers | ({"examples"} if rewarded else set())
     if "rule" in asked and not any(principle.check for principle in constitution.principles):
         raise UserError(f"{constitution.path}: no principle has a check, which the labeler rule needs: write one, "
                         "or take rule out of preferences.labelers and judge.also")
     if "examples" in asked and not constitution.critique_few_shots:
-        named = ", ".join(rewarded) or "preferences.labelers and judge.also"
+        fields = ["preferences.labelers", "judge.also"] if "examples" in labelers else []
+        named = " and ".join([*fields, *rewarded])
         raise UserError(f"{constitution.path}: few_shots has no worked critique, and the labeler examples needs some: "
                         f"write them, or take examples out of {named}")
     draws = config.critique_revision.draws if "critique_revision" in config.stages else 1

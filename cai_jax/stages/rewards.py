@@ -111,16 +111,20 @@ def text_scores(context, stage: str, source: Source, rollouts: Rollouts) -> np.n
 
     Raises UserError where it can rate none of them.
     """
-    principles = [_principles(context, stage, source, rollouts, prompt) for prompt in rollouts.prompts]
+    if source.kind == "examples":
+        principles = _of_the_sets_aim(context, rollouts.prompts)
+    else:
+        principles = [_principles(context, stage, source, rollouts, prompt) for prompt in rollouts.prompts]
     asked = list(zip(rollouts.prompts, rollouts.texts, principles, strict=True))
     if source.kind == "rule":
         return np.asarray([rule_score(text, under) for _, text, under in asked], np.float32)
     sampler = context.sampler(source.model)
-    rate, starts = rater(source.model, sampler.max_length), []
     if source.kind == "examples":
         reader = Judge(source.model.tokenizer, source.model.hash, sampler.max_length)
         labeler = Examples(reader, context.config.preferences.examples, context.constitution)
         rate, starts = labeler.rate, labeler.starts(principles)
+    else:
+        rate, starts = rater(source.model, sampler.max_length), []
     programs = (rate(messages_of(prompt), text, under) for prompt, text, under in asked)
     ratings = sampler.run(programs, *starts[:1], more=starts[1:])
     if all(rating is None for rating in ratings):
@@ -137,11 +141,7 @@ def rater(judge: Model, max_length: int) -> Callable:
 
 
 def _principles(context, stage: str, source: Source, rollouts: Rollouts, prompt) -> Sequence[Principle]:
-    """Those that a score goes by: all of the aim of the prompt's set for `examples`, which reads no principle but its
-    aim; else all, or one drawn for the prompt of this draw, the same for a whole group."""
-    if source.kind == "examples":
-        unsafe = any(row.id == prompt.id for row in context.prompts["red_team"].rows)
-        return context.constitution.matching("", "harmless" if unsafe else "helpful")
+    """Those that judge or rule go by: all, or one drawn for the prompt of this draw, the same for a whole group."""
     principles = context.constitution.principles
     if source.kind == "rule":
         principles = [principle for principle in principles if principle.check]
@@ -149,6 +149,12 @@ def _principles(context, stage: str, source: Source, rollouts: Rollouts, prompt)
         return principles
     key = context.row_seed(stage, prompt.id, rollouts.draw, "principle")
     return [principles[key % len(principles)]]
+
+
+def _of_the_sets_aim(context, prompts: Sequence) -> list[Sequence[Principle]]:
+    """For each prompt the principles of the aim of its set, by whose worked answers `examples` goes."""
+    unsafe = {row.id for row in context.prompts["red_team"].rows}
+    return [context.constitution.matching("", "harmless" if p.id in unsafe else "helpful") for p in prompts]
 
 
 def rule_score(text: str, principles: Sequence[Principle]) -> float:

@@ -168,9 +168,10 @@ def aimed_context(*principles, **settings):
 
 
 @pytest.mark.parametrize("per_token", [False, True])
-def test_examples_score_by_the_worked_answers_of_the_aim_of_the_prompts_set(judge, per_token):
+def test_examples_score_by_the_worked_answers_of_the_aim_of_the_prompts_set(judge, per_token, monkeypatch):
     context = aimed_context("no_lecture", "no_scams")  # a worked critique of each aim
     context.config = replace(context.config, preferences=Preferences(examples=Examples(per_token=per_token)))
+    monkeypatch.delattr(rewards, "rater")  # no tokenizer need write ratings for it
     scores = rewards.text_scores(context, "ppo", replace(judge, kind="examples"), rolled())
     constitution, tokenizer = context.constitution, judge.model.tokenizer
     shots = {constitution.principle(shot.principle).aim: shot for shot in constitution.critique_few_shots}
