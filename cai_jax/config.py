@@ -165,6 +165,8 @@ class Preferences:
     principles: int = 1  # drawn for a pair without repetition, their log-odds averaged; 0: all
     matched: bool = False  # draw among those of the aim of the prompt's set, harmless for prompts.red_team, helpful for
     # prompts.helpful (Bai et al. 2022, section 4.1); of these among those of its category, where it has any
+    contrasted: bool = False  # draw a prompt's responses behind worked answers, in turn of the aim of its set and of
+    # the other, so that they differ (RLCD-Rescore, Yang et al. 2024, arXiv 2307.12950); else behind nothing
     orders: str = "both"  # the responses are shown in both orders and averaged, or first: in one only
     guard: bool = True  # mask what imitates a verdict, a rating or a next turn before a judge reads a response
     thought: Thought = Thought()

@@ -34,16 +34,18 @@ def config() -> c.Config:
         # The anchor is heavy, as an answer has many beginnings and a refusal one: greedy answers decline long before
         # the model mostly does. What the settings beside these do: docs/results.md.
         sft=c.Sft(
-            least_ratio=0.8, epochs=2, batch_size=4, sequence_length=256, share_start=True, anchor=4.0,
+            least_ratio=0.8, epochs=2, batch_size=4, sequence_length=256, share_start=True, anchor=8.0,
             helpful=answer, rows_per_shard=64, optimizer=c.Optimizer(learning_rate=2e-3), checkpoint_every=50,
         ),
-        # Of two answers that both decline, or both comply, this judge cannot tell the better one, and is unsure.
+        # Of two answers that both decline, or both comply, this judge cannot tell the better one, and is unsure. So
+        # they are drawn to differ: a reward model of this size learns nothing from the few that do so by chance.
         preferences=c.Preferences(
-            labelers=("examples",), matched=True, share=0.4, response=rollout, rows_per_shard=64,
+            labelers=("examples",), matched=True, contrasted=True, share=0.4, rows_per_shard=64,
+            response=c.Sampling(temperature=0.8, top_p=0.95, max_new_tokens=16),
             filters=c.Filters(least_confidence=0.9),
         ),
         reward_model=c.RewardModel(
-            epochs=2, batch_size=16, max_length=192, optimizer=c.Optimizer(learning_rate=5e-4), checkpoint_every=20
+            epochs=2, batch_size=16, max_length=128, optimizer=c.Optimizer(learning_rate=1e-3), checkpoint_every=20
         ),
         # Rollouts are cut short on purpose: a penalty for that would pay for refusals, which are short.
         ppo=c.Ppo(
@@ -51,7 +53,7 @@ def config() -> c.Config:
             response=rollout, kl_coef=0.05, missing_eos_penalty=0.0, normalise_scores=True,
             checkpoint_every=4, optimizer=c.Optimizer(learning_rate=3e-4, schedule="linear", eps=1e-5),
         ),
-        dpo=c.Dpo(batch_size=16, max_length=192, optimizer=c.Optimizer(learning_rate=3e-4), checkpoint_every=20),
+        dpo=c.Dpo(batch_size=16, max_length=128, optimizer=c.Optimizer(learning_rate=3e-4), checkpoint_every=20),
         checkpoints=c.Checkpoints(export="frontier"),
         monitor=c.Monitor(every=4, probes=12, response=c.Sampling(temperature=0.0, max_new_tokens=40)),
         evaluate=c.Evaluate(response=c.Sampling(temperature=0.0, max_new_tokens=48), rows_per_shard=64),

@@ -96,7 +96,9 @@ def _preferences(run: Run) -> list[Program]:
     prompt, answer = run.workload.tokens("red_team", "helpful"), settings.response.max_new_tokens
     slots = run.config.sampler.rows
     prompts, responses = _asked(run), settings.responses_per_prompt
-    answers = Load.of(slots, prompts, responses * answer, prompt, prompt + answer / 2)
+    start = max(run.workload.starts["preferences"]) if settings.contrasted else 0
+    read = prompt * (responses if settings.contrasted else 1)  # behind other worked answers a prompt is run anew
+    answers = Load.of(slots, prompts, responses * answer, read, start + prompt + answer / 2)
     principles = settings.principles or run.workload.principles
     asked = settings.labelers, 2 if settings.orders == "both" else 1, principles
     new_tokens, prefilled = _label_tokens(run, *asked, prompt, 2 * answer)

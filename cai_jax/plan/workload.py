@@ -74,9 +74,9 @@ def _revision_starts(config: Config, constitution: Constitution) -> tuple[int, .
 
 
 def _label_starts(config: Config, constitution: Constitution) -> tuple[int, ...]:
-    """The worked comparisons, and the worked answers where labels go by these."""
+    """The worked comparisons, and the worked answers where labels go by these or responses are drawn behind them."""
     shown = _tokens(constitution.preference_few_shots)
-    if "examples" not in (*config.preferences.labelers, *config.judge.also):
+    if "examples" not in (*config.preferences.labelers, *config.judge.also) and not config.preferences.contrasted:
         return (shown,)
     of_aims = [[principle] for principle in {p.aim: p for p in constitution.principles}.values()]
     if config.preferences.principles != 1 or config.judge.principles == "all":

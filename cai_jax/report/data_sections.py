@@ -208,7 +208,8 @@ def preferences(run: Run, titles: dict[str, str]) -> list:
                 ("kept for training", _kept(summary)),
                 ("same choice in both orders", percent(summary.get("consistent_share"))),
                 ("chose the first shown", percent(summary.get("first_position_share"))),
-                *_declining(summary.get("declining") or {}),
+                *_choices(_DECLINES, summary.get("declining") or {}),
+                *_choices(_OF_OWN_AIM, summary.get("contrasted") or {}),
             ]
         ),
         endpoint(run.stages["preferences"]),
@@ -243,10 +244,19 @@ def preferences(run: Run, titles: dict[str, str]) -> list:
     ]
 
 
-def _declining(found: dict) -> list[tuple]:
-    """What labels say where one of two responses declines: it should be preferred to unsafe prompts alone."""
-    titles = {"red_team": "unsafe prompts: label for the response that declines",
-              "helpful": "helpful prompts: the same, which should be few"}  # fmt: skip
+# What labels say where one of two responses declines: it should be preferred to unsafe prompts alone.
+_DECLINES = {
+    "red_team": "unsafe prompts: label for the response that declines",
+    "helpful": "helpful prompts: the same, which should be few",
+}
+# Where one of them was drawn behind worked answers of the aim of its prompt's set.
+_OF_OWN_AIM = {
+    "red_team": "unsafe prompts: label for the response behind harmless worked answers",
+    "helpful": "helpful prompts: label for the response behind helpful worked answers",
+}
+
+
+def _choices(titles: dict[str, str], found: dict) -> list[tuple]:
     return [
         (title, f"{percent(found[name]['value'])} of {count(found[name]['n'])} such pairs")
         for name, title in titles.items()

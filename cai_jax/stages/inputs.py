@@ -173,6 +173,9 @@ def _check_aims(config: Config, constitution: Constitution, asked: set[str]) -> 
     if "preferences" not in config.stages:
         return
     settings = config.preferences
+    if settings.contrasted and (missing := [aim for aim in AIMS if aim not in told]):
+        raise UserError(f"{constitution.path}: no worked critique has a principle of {' or '.join(missing)} aim, which "
+                        "preferences.contrasted needs: write one, or set preferences.contrasted=false")
     if "examples" in settings.labelers and len(told) > 1 and not settings.matched:
         raise UserError("preferences.labelers: examples reads the worked answers of the aim of a pair's principle, and "
                         f"{constitution.path} has {' and '.join(sorted(told))} ones: set preferences.matched=true, so "

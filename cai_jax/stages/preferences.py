@@ -1,6 +1,8 @@
 """AI labels (Bai et al. 2022, section 4.1): responses of the SL-CAI model, two by two compared under drawn principles.
 
 With more than two responses a prompt each two of them are a pair (Ouyang et al. 2022, arXiv 2203.02155, section 3.5).
+Contrasted ones are drawn behind worked answers, in turn of the aim of the prompt's set and of the others, so that they
+differ in what is judged, and are labelled like all others (RLCD-Rescore, Yang et al. 2024, arXiv 2307.12950).
 
 Labelers give log-odds; those of several are averaged. A pair on which none has an opinion is skipped by name: every row
 has a label. Filters then say which rows are fit to train on; the others stay, with the name of the filter.
@@ -8,12 +10,12 @@ has a label. Filters then say which rows are fit to train on; the others stay, w
 
 import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from cai_jax import filters
-from cai_jax.constitution import Principle
+from cai_jax.constitution import AIMS, Principle
 from cai_jax.conversation_sets import draw
 from cai_jax.endpoint import EXTERNAL, summary_of
 from cai_jax.errors import UserError
@@ -21,7 +23,8 @@ from cai_jax.labelers.judge import TOO_LONG, Judge
 from cai_jax.labelers.opinion import Pair
 from cai_jax.labelers.vote import agreement
 from cai_jax.models.pretrained import check_model
-from cai_jax.sampler import several
+from cai_jax.prompts import unlike_answers, worked_answers
+from cai_jax.sampler import Generate
 from cai_jax.stages import labelling
 from cai_jax.stages.critique_revision import count_flags
 from cai_jax.stages.rows import make_rows, mean, messages_of, sample_dict, unfinished, usable_prompts, watch
@@ -29,7 +32,8 @@ from cai_jax.statistics import grouped_share, wilson_interval
 from cai_jax.text_metrics import classify_response
 
 STAGE = "preferences"
-PROMPTS = ("red_team", "helpful")
+AIM_OF = {"red_team": "harmless", "helpful": "helpful"}  # of the prompt sets
+PROMPTS = tuple(AIM_OF)
 
 
 def run(context, folder) -> dict:
@@ -69,14 +73,22 @@ def _sample_pairs(context, folder):
     sampler = context.sampler(policy)
     prompts, skipped = [], []
     for name in PROMPTS:
-        usable, unusable = usable_prompts(sampler, context.prompts[name], settings.response.max_new_tokens)
+        shown, room = _shown_before(context, name), settings.response.max_new_tokens
+        usable, unusable = usable_prompts(sampler, context.prompts[name], room, before=[turns for _, turns in shown])
         drawn = draw([prompt.id for prompt in usable], settings.share, context.config.seed, name, STAGE)
-        prompts += [prompt for prompt in usable if prompt.id in drawn]
+        prompts += [(prompt, shown) for prompt in usable if prompt.id in drawn]
         skipped += unusable
 
-    def answer(prompt):
-        seeds = [context.row_seed(STAGE, prompt.id, n) for n in range(settings.responses_per_prompt)]
-        return prompt, (yield from several(messages_of(prompt), settings.response, seeds))
+    def answer(asked):
+        prompt, shown = asked
+        first = context.row_seed(STAGE, prompt.id, "first")  # drawn, as judges are partial to the first response
+        samples = []
+        for n in range(settings.responses_per_prompt):
+            aim, worked = shown[(first + n) % len(shown)]
+            seed = context.row_seed(STAGE, prompt.id, n)
+            sample = yield Generate([*worked, *messages_of(prompt)], settings.response, seed)
+            samples.append(sample_dict(sample) | ({"aim": aim} if aim else {}))
+        return prompt, samples
 
     def pairs_of(answered):
         return [
@@ -85,13 +97,24 @@ def _sample_pairs(context, folder):
             for sides in itertools.combinations(range(len(samples)), 2)
         ]
 
+    starts = [turns for _, turns in _shown_before(context, PROMPTS[0]) if turns]
     left = unfinished(folder, "pairs", len(prompts), settings.rows_per_shard)
     with context.progress.task("preferences: responses", len(prompts), "prompts", done=len(prompts) - left) as task:
         watch(sampler, task)
         pairs = make_rows(
-            folder, "pairs", prompts, settings.rows_per_shard, lambda: sampler, answer, finish=pairs_of
+            folder, "pairs", prompts, settings.rows_per_shard, lambda: sampler, answer, starts, pairs_of
         )
     return pairs, skipped
+
+
+def _shown_before(context, name: str) -> list[tuple[str, list[dict]]]:
+    """What stands before the responses to a set's prompts, in turn, each with its aim: nothing, or worked answers."""
+    if not context.config.preferences.contrasted:
+        return [("", [])]
+    own = AIM_OF[name]
+    principles = context.constitution.matching("", own)
+    answers = worked_answers(context.constitution, principles), unlike_answers(context.constitution, principles)
+    return list(zip((own, *(aim for aim in AIMS if aim != own)), answers, strict=True))
 
 
 def _matching(context, category: str, unsafe: bool) -> Sequence[Principle]:
@@ -109,8 +132,8 @@ def _pair(context, policy, prompt, samples, sides) -> dict:
         "prompt_id": prompt.id,
         "category": prompt.category,
         "messages": messages_of(prompt),
-        "response_a": sample_dict(first),
-        "response_b": sample_dict(second),
+        "response_a": first,
+        "response_b": second,
         "provenance": context.provenance(STAGE, policy),
     }
 
@@ -198,13 +221,15 @@ def _summary(context, pairs, labelers, opinions, rows, skipped) -> dict:
         "skipped": skipped + _unlabelled(pairs, rows, opinions),
         "counters": counters,
         "labelers": found,
-        "declining": _declining(context, labelled),
+        "declining": _choices(context, labelled, _declines),
         "agreement": agreement({name: [opinion.logit for opinion in of] for name, of in opinions.items()}),
         "filters": filters.counts(reasons, settings.filters),
         "consistent_share": mean(row["consistent"] for row in ordered),
         "first_position_share": mean(first for ab, ba in orders for first in (ab > 0.5, ba < 0.5)),
         "confidence_histogram": {"edges": [round(float(x), 2) for x in edges], "counts": bins.tolist()},
     }
+    if settings.contrasted:
+        summary["contrasted"] = _choices(context, labelled, _of_own_aim)
     if EXTERNAL in opinions:
         usage = [opinion.detail["usage"] for opinion in opinions[EXTERNAL]]
         failures = [opinion.failure for opinion in opinions[EXTERNAL]]
@@ -228,23 +253,33 @@ def _of_labeler(labeler, found, temperature) -> dict:
     }
 
 
-def _declining(context, labelled) -> dict:
-    """By prompt set: of the pairs of which one response declines and one does not, how many labels are for the former.
+def _choices(context, labelled, marks: Callable[[dict, str], bool]) -> dict:
+    """By prompt set: of the pairs of which one response is marked and one is not, how many labels are for the former.
 
-    It should be many where prompts are unsafe and few where they are safe; else the labels teach too little refusal or
-    too much.
+    `marks(response, name)` says so of a response to a prompt of the set.
     """
     found = {}
     for name in PROMPTS:
         ids = {prompt.id for prompt in context.prompts[name].rows}
         choices, prompts = [], []
         for row in (row for row in labelled if row["prompt_id"] in ids):
-            declines = [classify_response(row[side]["text"]) == "refusal" for side in ("response_a", "response_b")]
-            if declines[0] != declines[1] and not row["tie"]:
-                choices.append(declines[0] == (row["probability_a"] > 0.5))
+            marked = [marks(row[side], name) for side in ("response_a", "response_b")]
+            if marked[0] != marked[1] and not row["tie"]:
+                choices.append(marked[0] == (row["probability_a"] > 0.5))
                 prompts.append(row["prompt_id"])
         found[name] = grouped_share(choices, prompts) if choices else wilson_interval(0, 0)
     return found
+
+
+def _declines(response: dict, name: str) -> bool:
+    # Labels should be for it where prompts are unsafe and not where they are safe; else they teach too little refusal
+    # or too much.
+    return classify_response(response["text"]) == "refusal"
+
+
+def _of_own_aim(response: dict, name: str) -> bool:
+    # RLCD takes this to be the better one without asking.
+    return response.get("aim") == AIM_OF[name]
 
 
 def _unlabelled(pairs, rows, opinions) -> list[dict]:

@@ -84,16 +84,17 @@ def mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def usable_prompts(sampler, prompt_rows, new_tokens: int, max_prompt_tokens: int | None = None):
+def usable_prompts(sampler, prompt_rows, new_tokens: int, max_prompt_tokens: int | None = None, before=((),)):
     """The prompts that leave room for a completion of `new_tokens`, and `{"id", "reason"}` of all others.
 
-    `max_prompt_tokens` may ask for shorter prompts. Raises UserError where no prompt is left.
+    `max_prompt_tokens` may ask for shorter prompts; each conversation of `before` is to fit in front of them. Raises
+    UserError where no prompt is left.
     """
     room = new_tokens if max_prompt_tokens is None else max(new_tokens, sampler.max_length - max_prompt_tokens)
     limit = sampler.max_length - room
     usable, skipped = [], list(prompt_rows.skipped)
     for prompt in prompt_rows.rows:
-        if sampler.fits(messages_of(prompt), room):
+        if all(sampler.fits([*start, *messages_of(prompt)], room) for start in before):
             usable.append(prompt)
         else:
             skipped.append({"id": prompt.id, "reason": f"prompt longer than {limit} tokens"})

@@ -324,6 +324,18 @@ def test_draws_of_a_revision_are_written_and_scored_and_critiques_can_be_left_ou
     assert fewer_steps / steps == pytest.approx(written(1, 0) / written(1, critique), rel=0.01)
 
 
+def test_contrasted_responses_run_their_prompt_anew_and_stand_behind_worked_answers():
+    def prefills(*overrides):
+        config = apply_overrides(load_config("cai_7b")[1], overrides)
+        lines = make_plan(config, H100, ARITHMETIC).lines
+        each, *_ = (x.program for x in lines if (x.program.stage, x.program.name) == ("preferences", "prefill"))
+        return each.calls, max(workload_of(config).starts["preferences"])
+
+    (calls, start), (more_calls, more_start) = prefills(), prefills("preferences.contrasted=true")
+    responses = load_config("cai_7b")[1].preferences.responses_per_prompt
+    assert more_calls / calls == pytest.approx(responses, rel=0.01) and more_start >= start > 0
+
+
 def test_more_contenders_take_longer_to_evaluate():
     config = load_config("cai_7b")[1]
     more = dataclasses.replace(config, stages=tuple(stage for stage in STAGES))

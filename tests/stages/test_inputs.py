@@ -317,12 +317,17 @@ MATCHED = "preferences.matched=true"
         (SHIPPED.replace("aim: helpful", "aim: harmless"), [MATCHED], "no principle has the aim helpful"),
         (re.sub(r"    aim: \w+\n", "", SHIPPED), [MATCHED], "no principle has an aim"),
         (
+            re.sub(r"    aim: \w+\n", "", SHIPPED),
+            ["preferences.contrasted=true"],
+            "no worked critique has a principle of harmless or helpful aim, which preferences.contrasted needs",
+        ),
+        (
             SHIPPED,
             ["principles=careful_with_money,no_lecture", "critique_revision.draws=2"],
             "no worked critique has a principle of harmless aim, and others have",
         ),
     ],
-    ids=["unmatched", "an aim is missing", "no aims", "no worked critique of an aim"],
+    ids=["unmatched", "an aim is missing", "no aims", "contrasted without aims", "no worked critique of an aim"],
 )
 def test_aims_that_labels_or_drafts_would_miss_are_refused(tmp_path, text, settings, told):
     mine = tmp_path / "mine.yaml"

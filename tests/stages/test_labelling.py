@@ -289,3 +289,74 @@ def test_labels_for_the_response_that_declines_are_counted_by_prompt_set(tmp_pat
     summary = preferences.run(given, given.folder("preferences"))
     assert summary["declining"]["red_team"]["n"] > 5 and summary["declining"]["red_team"]["value"] == 0
     assert set(summary["declining"]) == {"red_team", "helpful"}
+
+
+CHECKED = load_constitution("verifiable", ("not_of_itself",)).principles[0].check
+SHIPPED = load_constitution("harmless_helpful")
+# Its worked answers and aims, and a rule to label by.
+TWO_AIMS = replace(SHIPPED, principles=tuple(replace(principle, check=CHECKED) for principle in SHIPPED.principles))
+
+
+def contrasted_context(tmp_path, answer, max_length=20_000, **changed):
+    changed = {"labelers": ("rule",), "contrasted": True} | changed
+    given = run_context(tmp_path, [str(n) for n in range(12)], CannedSampler(answer, max_length), **changed)
+    given.constitution = TWO_AIMS
+    given.prompts = with_unique_ids(given.prompts | {"helpful": prompt_rows(*(f"safe {n}" for n in range(12)))})
+    return given
+
+
+def aims_behind(request) -> set[str]:
+    """The aims whose worked answers stand before the prompt of a request."""
+    return {aim for aim in AIMS if request.conversation[:-1] == worked_answers(SHIPPED, SHIPPED.matching("", aim))}
+
+
+def test_contrasted_responses_are_drawn_behind_worked_answers_of_one_aim_and_the_other(tmp_path):
+    def behind(request):
+        (aim,) = aims_behind(request)
+        return sample(f"{aim} {request.conversation[-1]['content']} {request.seed}")
+
+    given = contrasted_context(tmp_path, behind, responses_per_prompt=3)
+    preferences.run(given, given.folder("preferences"))
+    responses = {}
+    for pair in rows_of(tmp_path, "pairs"):
+        places = map(int, pair["id"].split("/")[-1].split("-"))
+        drawn = zip(places, (pair["response_a"], pair["response_b"]), strict=True)
+        responses.setdefault(pair["prompt_id"], {}).update(drawn)
+    firsts = set()
+    for prompt_id, (first, second, third) in ((name, [of[n] for n in range(3)]) for name, of in responses.items()):
+        assert {first["aim"], second["aim"]} == set(AIMS) and third["aim"] == first["aim"], "they take turns"
+        assert all(response["text"].startswith(f"{response['aim']} ") for response in (first, second, third))
+        assert len({response["text"] for response in (first, second, third)}) == 3, "each has a seed of its own"
+        firsts.add((prompt_id.split("/")[0], first["aim"]))
+    assert len(firsts) == 4, "which comes first is drawn"
+
+
+def test_responses_that_are_not_contrasted_are_drawn_behind_nothing(tmp_path):
+    def bare(request):
+        assert len(request.conversation) == 1
+        return answers(request)
+
+    given = contrasted_context(tmp_path, bare, contrasted=False)
+    summary = preferences.run(given, given.folder("preferences"))
+    assert "contrasted" not in summary and all("aim" not in row["response_a"] for row in rows_of(tmp_path))
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_labels_for_the_response_of_the_sets_aim_are_counted(tmp_path, right):
+    def for_the_set(request):
+        aim = "helpful" if "safe" in request.conversation[-1]["content"] else "harmless"
+        keeps_the_rule = (aims_behind(request) == {aim}) == right
+        return sample("We hear you." if keeps_the_rule else "I hear you.")
+
+    given = contrasted_context(tmp_path, for_the_set)
+    counted = preferences.run(given, given.folder("preferences"))["contrasted"]
+    assert [(counted[name]["n"], counted[name]["value"]) for name in preferences.PROMPTS] == [(12, right)] * 2
+
+
+def test_a_prompt_that_does_not_fit_behind_worked_answers_is_left_out_by_name(tmp_path):
+    of_aims = [worked_answers(SHIPPED, SHIPPED.matching("", aim)) for aim in AIMS]
+    room = max(sum(len(turn["content"]) for turn in turns) for turns in of_aims) + 200
+    given = contrasted_context(tmp_path, answers, room)
+    given.prompts = with_unique_ids({"red_team": prompt_rows("x", "y" * 200), "helpful": prompt_rows("x")})
+    summary = preferences.run(given, given.folder("preferences"))
+    assert [entry["id"] for entry in summary["skipped"]] == ["red_team/p1"] and summary["pairs"] == 2
