@@ -212,6 +212,7 @@ class Ppo:
     value_trunk: str = "separate"  # a value model of its own, or shared: a value head on the policy
     updates: int = 100
     rollouts: int = 64  # rows an update
+    red_team_share: float = 0.0  # of the prompts of an update; the others are helpful ones; 0: as many as there are
     epochs: int = 2  # passes over the rollouts of an update
     minibatches: int = 2  # optimizer steps a pass
     microbatches: int = 1
@@ -291,6 +292,7 @@ class Grpo:
     updates: int = 100
     rollouts: int = 64  # rows an update
     group: int = 8  # of them to one prompt
+    red_team_share: float = 0.0  # as in Ppo
     epochs: int = 1  # passes over the rollouts of an update
     minibatches: int = 1  # optimizer steps a pass
     microbatches: int = 1

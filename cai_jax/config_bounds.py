@@ -28,6 +28,7 @@ _OF_ROLLOUTS = {
     "principles": _one_of("drawn", "all"),
     "updates": _at_least(1),
     "rollouts": _at_least(1),
+    "red_team_share": ((lambda value: 0 <= value <= 1), "from 0 to 1"),
     "epochs": _at_least(1),
     "minibatches": _at_least(1),
     "microbatches": _at_least(1),

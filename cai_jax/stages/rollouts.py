@@ -57,10 +57,20 @@ def rows_of_pass(settings) -> int:
 
 
 def draw_prompts(context, stage: str, prompts: list, count: int, draw: str) -> list:
-    """`count` prompts without repeats as far as they reach."""
+    """`count` prompts without repeats as far as they reach, of either set as many as the stage's config says."""
     rng = np.random.default_rng(context.row_seed(stage, "prompts", draw))
-    order = np.concatenate([rng.permutation(len(prompts)) for _ in range(-(-count // len(prompts)))])[:count]
-    return [prompts[i] for i in order]
+    share = getattr(context.config, stage).red_team_share
+    if not share:
+        return _drawn(rng, prompts, count)
+    unsafe = {prompt.id for prompt in context.prompts["red_team"].rows}
+    sets = [[prompt for prompt in prompts if (prompt.id in unsafe) == of_unsafe] for of_unsafe in (True, False)]
+    wanted = round(share * count)
+    return _drawn(rng, sets[0], wanted) + _drawn(rng, sets[1], count - wanted)
+
+
+def _drawn(rng, prompts: list, count: int) -> list:
+    order = [i for _ in range(-(-count // len(prompts))) for i in rng.permutation(len(prompts))]
+    return [prompts[i] for i in order[:count]]
 
 
 def sample_rollouts(context, stage: str, sampler, prompts: Prompts, draw: str, group: int = 1) -> Rollouts:

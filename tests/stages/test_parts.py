@@ -65,8 +65,29 @@ def test_every_update_and_pass_has_a_permutation_of_its_own():
     assert again == updates[1]
 
 
+def draw_context(share: float, unsafe=()):
+    rows = [SimpleNamespace(id=prompt) for prompt in unsafe]
+    return SimpleNamespace(
+        row_seed=lambda *parts: row_seed(0, *parts),
+        config=SimpleNamespace(ppo=Ppo(red_team_share=share)),
+        prompts={"red_team": SimpleNamespace(rows=rows)},
+    )
+
+
+@pytest.mark.parametrize(("share", "unsafe"), [(0.25, 2), (0.4, 3), (1.0, 8)])
+def test_an_update_has_the_share_of_red_team_prompts_that_is_asked_for(share, unsafe):
+    prompts = [SimpleNamespace(id=f"{name}{i}") for name in ("unsafe", "safe") for i in range(20)]
+    context = draw_context(share, [f"unsafe{i}" for i in range(20)])
+    draws = [[p.id for p in draw_prompts(context, "ppo", prompts, 8, f"update-{n}")] for n in range(4)]
+    assert all(sum(prompt.startswith("unsafe") for prompt in drawn) == unsafe for drawn in draws)
+    assert all(len(set(drawn)) == 8 for drawn in draws) and len(set(map(tuple, draws))) == 4
+    many = [p.id for p in draw_prompts(context, "ppo", prompts, 80, "update-0")]
+    times = [many.count(f"unsafe{i}") for i in range(20)]
+    assert max(times) - min(times) <= 1 and sum(times) == round(share * 80), "all before one comes again"
+
+
 def test_rollouts_use_every_prompt_before_one_comes_again():
-    context = SimpleNamespace(row_seed=lambda *parts: row_seed(0, *parts))
+    context = draw_context(0.0)
     prompts = [f"p{i}" for i in range(5)]
     drawn = draw_prompts(context, "ppo", prompts, 10, "update-0")
     assert sorted(drawn[:5]) == sorted(drawn[5:]) == prompts
