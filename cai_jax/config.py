@@ -165,8 +165,8 @@ class Preferences:
     principles: int = 1  # drawn for a pair without repetition, their log-odds averaged; 0: all
     matched: bool = False  # draw among those of the aim of the prompt's set, harmless for prompts.red_team, helpful for
     # prompts.helpful (Bai et al. 2022, section 4.1); of these among those of its category, where it has any
-    contrasted: bool = False  # draw a prompt's responses behind worked answers, in turn of the aim of its set and of
-    # the other, so that they differ (RLCD-Rescore, Yang et al. 2024, arXiv 2307.12950); else behind nothing
+    contrasted: bool = False  # sample a prompt's responses with worked answers as few-shot context, by turns harmless
+    # and helpful ones, so that they differ (RLCD-Rescore, Yang et al. 2024, arXiv 2307.12950)
     orders: str = "both"  # the responses are shown in both orders and averaged, or first: in one only
     guard: bool = True  # mask what imitates a verdict, a rating or a next turn before a judge reads a response
     thought: Thought = Thought()
@@ -212,7 +212,7 @@ class Ppo:
     value_trunk: str = "separate"  # a value model of its own, or shared: a value head on the policy
     updates: int = 100
     rollouts: int = 64  # rows an update
-    red_team_share: float = 0.0  # of the prompts of an update; the others are helpful ones; 0: as many as there are
+    red_team_share: float = 0.0  # of the prompts of an update, the others are helpful ones; 0: by the sizes of the sets
     epochs: int = 2  # passes over the rollouts of an update
     minibatches: int = 2  # optimizer steps a pass
     microbatches: int = 1

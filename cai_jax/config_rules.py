@@ -113,6 +113,11 @@ def _check_batches(config: Config) -> None:
     if config.grpo.rollouts % config.grpo.group:
         raise UserError(f"grpo.rollouts ({config.grpo.rollouts}) must be a multiple of grpo.group "
                         f"({config.grpo.group})")
+    for name, prompts in (("ppo", config.ppo.rollouts), ("grpo", config.grpo.rollouts // config.grpo.group)):
+        share = getattr(config, name).red_team_share
+        if 0 < share < 1 and not 0 < round(share * prompts) < prompts:
+            raise UserError(f"{name}.red_team_share ({share}) leaves one of the sets no prompt of the {prompts} of an "
+                            "update: raise the rollouts, or take another share (0 draws by the sizes of the sets)")
 
 
 def _check_labelers(settings: c.Preferences) -> None:

@@ -122,7 +122,7 @@ def test_nested_and_flat_forms_say_the_same():
     "sft.optimizer.weight_decay=-1", "sft.optimizer.b1=1", "sft.optimizer.b2=-0.1", "sft.optimizer.eps=0",
     "sft.optimizer.clip_norm=0", "preferences.responses_per_prompt=1", "sft.drop=revision_long",
     "critique_revision.principles=all", "critique_revision.copy_overlap=0", "preferences.examples.scale=0",
-    "preferences.response.temperature=0",
+    "preferences.response.temperature=0", "ppo.red_team_share=1.1", "grpo.red_team_share=-0.1",
     "preferences.labelers=", "preferences.labelers=options,options", "preferences.labelers=opinions",
     "judge.also=options", "judge.also=rating,rating", "judge.also=rater", "judge.minimum_accuracy=0.49",
     "judge.minimum_accuracy=1", "judge.pleas=-1", "judge.principles=some", "judge.on_failure=warn",
@@ -180,6 +180,16 @@ def test_settings_of_sft_that_would_do_nothing_are_refused(overrides, told):
     start, end = told.split(".*")
     error = error_of(validate, apply_overrides(base(), overrides))
     assert error.startswith(start) and error.endswith(end)
+
+
+@pytest.mark.parametrize(("overrides", "prompts"), [
+    (["ppo.red_team_share=0.001"], 64),
+    (["grpo.rollouts=8", "grpo.group=4", "grpo.red_team_share=0.2"], 2),
+    (["grpo.rollouts=8", "grpo.group=4", "grpo.red_team_share=0.9"], 2),
+])
+def test_a_share_that_leaves_a_set_no_prompt_is_refused(overrides, prompts):
+    told = error_of(validate, apply_overrides(base(), overrides))
+    assert f"leaves one of the sets no prompt of the {prompts} of an update: raise the rollouts" in told
 
 
 @pytest.mark.parametrize("name", [

@@ -975,8 +975,13 @@ def test_dpo_is_held_to_the_rules_and_to_its_reference(tmp_path, no_plots):
     words = render(run.folder)[1].words
     assert "The policy beats the simple rule." in words and "Even the chosen" not in words
     assert "nats, mean; as the SL-CAI model wrote these responses, that estimates the KL" in words
+    run.edit("config.json", lambda content: content["config"]["preferences"].update(contrasted=True))
+    words = render(run.folder)[1].words
+    assert "no estimate of a KL" in words and "they are not what it says by itself" in words
+    run.edit("config.json", lambda content: content["config"]["preferences"].update(contrasted=False))
     run.edit("config.json", lambda content: content["config"].update(dpo={"policy": "models/other"}))
-    assert "no estimate of a KL" in render(run.folder)[1].words
+    words = render(run.folder)[1].words
+    assert "no estimate of a KL" in words and "not what it says by itself" not in words
 
 
 @pytest.mark.parametrize(

@@ -96,13 +96,14 @@ def _preferences(run: Run) -> list[Program]:
     prompt, answer = run.workload.tokens("red_team", "helpful"), settings.response.max_new_tokens
     slots = run.config.sampler.rows
     prompts, responses = _asked(run), settings.responses_per_prompt
-    start = max(run.workload.starts["preferences"]) if settings.contrasted else 0
-    read = prompt * (responses if settings.contrasted else 1)  # behind other worked answers a prompt is run anew
-    answers = Load.of(slots, prompts, responses * answer, read, start + prompt + answer / 2)
+    starts = run.workload.starts["responses"]  # a prompt is run once for each
+    answers = Load.of(
+        slots, prompts, responses * answer, len(starts) * prompt, max(starts) + prompt + answer / 2
+    )
     principles = settings.principles or run.workload.principles
     asked = settings.labelers, 2 if settings.orders == "both" else 1, principles
     new_tokens, prefilled = _label_tokens(run, *asked, prompt, 2 * answer)
-    context = max(run.workload.starts["preferences"]) + prompt + 2 * answer
+    context = max(run.workload.starts["labels"]) + prompt + 2 * answer
     labels = Load.of(slots, pairs, new_tokens, prefilled, context)
     writer, reader = run.params(policy, "policy"), run.params(judge, "policy")
     beside = size(base) + (size(reader) if run.config.preferences.judge else 0)
@@ -119,7 +120,7 @@ def _judge(run: Run) -> list[Program]:
     principles = run.workload.principles if settings.principles == "all" else 1
     new_tokens, prefilled = _label_tokens(run, names, 2, principles, 0, gold.tokens)
     pleading = min(settings.pleas, gold.rows) * (len(PLEAS) + (1 + len(PLEAS)) * run.config.preferences.guard)
-    context = max(run.workload.starts["preferences"]) + gold.tokens
+    context = max(run.workload.starts["judge"]) + gold.tokens
     load = Load.of(run.config.sampler.rows, gold.rows + pleading, new_tokens, prefilled, context)
     beside = size(base) + (size(judge) if run.config.preferences.judge else 0)
     return sampler_programs(run, "judge", reader, judge, beside, load, SCORING)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cai_jax.config import Config, PromptSet
-from cai_jax.constitution import Constitution, load_constitution
+from cai_jax.constitution import AIMS, Constitution, load_constitution
 from cai_jax.gold import load_gold
 from cai_jax.prompt_sets import load_prompts
 from cai_jax.prompts import unlike_answers, worked_answers
@@ -30,7 +30,8 @@ class Workload:
     """What the stages of a run have to do, and what had to be assumed to say so."""
 
     prompts: dict[str, PromptCount]
-    starts: dict[str, tuple[int, ...]]  # tokens of the conversation starts that the requests of a stage share
+    # Tokens of the conversation starts that the requests of a stage share, and of responses and labels by themselves.
+    starts: dict[str, tuple[int, ...]]
     principles: int
     gold: PromptCount  # pairs of the judge stage, a prompt with both responses
     assumptions: tuple[str, ...]
@@ -60,7 +61,9 @@ def workload_of(config: Config) -> Workload:
         assumed.append("stages after red_team have the prompts of the config alone, not those that it will write")
     constitution = load_constitution(config.constitution, config.principles)
     starts = {"critique_revision": _revision_starts(config, constitution)}
-    starts["preferences"] = starts["judge"] = _label_starts(config, constitution)
+    starts["judge"] = starts["labels"] = _label_starts(config, constitution)
+    starts["responses"] = _response_starts(config, constitution)
+    starts["preferences"] = tuple(dict.fromkeys((*starts["labels"], *starts["responses"])))
     return Workload(sets, starts, len(constitution.principles), _gold(config, constitution), tuple(assumed))
 
 
@@ -74,14 +77,21 @@ def _revision_starts(config: Config, constitution: Constitution) -> tuple[int, .
 
 
 def _label_starts(config: Config, constitution: Constitution) -> tuple[int, ...]:
-    """The worked comparisons, and the worked answers where labels go by these or responses are drawn behind them."""
+    """The worked comparisons, and the worked answers where labels go by these."""
     shown = _tokens(constitution.preference_few_shots)
-    if "examples" not in (*config.preferences.labelers, *config.judge.also) and not config.preferences.contrasted:
+    if "examples" not in (*config.preferences.labelers, *config.judge.also):
         return (shown,)
     of_aims = [[principle] for principle in {p.aim: p for p in constitution.principles}.values()]
     if config.preferences.principles != 1 or config.judge.principles == "all":
         of_aims.append(list(constitution.principles))
     return (shown, *_compared(constitution, of_aims))
+
+
+def _response_starts(config: Config, constitution: Constitution) -> tuple[int, ...]:
+    """The worked answers that contrasted responses are sampled with."""
+    if not config.preferences.contrasted:
+        return (0,)
+    return tuple(_length(worked_answers(constitution, constitution.matching("", aim))) for aim in AIMS)
 
 
 def _compared(constitution: Constitution, of_aims) -> list[int]:

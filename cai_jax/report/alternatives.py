@@ -103,6 +103,8 @@ def _reference_wrote_the_pairs(run: Run) -> bool:
     sampling = run.resolved("preferences.response")
     if not isinstance(sampling, dict) or run.resolved("preferences.policy", "") != run.resolved("dpo.policy", ""):
         return False
+    if run.resolved("preferences.contrasted", False):  # they are draws of it with worked answers before the prompt
+        return False
     return all(sampling.get(name, plain) == plain for name, plain in PLAIN_DRAWS.items())
 
 

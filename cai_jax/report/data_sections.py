@@ -197,9 +197,10 @@ def preferences(run: Run, titles: dict[str, str]) -> list:
     both = [pair for pair in both if known(pair[0]) and known(pair[1]) and side_by_side]
     return [
         paragraph(
-            "The SL-CAI model answers each prompt several times. Labelers compare each two answers under principles of"
-            " the constitution; the label is the probability that the first is better, their log-odds averaged."
-            " Labels stay soft: 0.5 means no opinion."
+            "The SL-CAI model answers each prompt several times."
+            + (_CONTRASTED if run.resolved("preferences.contrasted", False) else "")
+            + " Labelers compare each two answers under principles of the constitution; the label is the probability"
+            " that the first is better, their log-odds averaged. Labels stay soft: 0.5 means no opinion."
         ),
         facts(
             [
@@ -249,10 +250,14 @@ _DECLINES = {
     "red_team": "unsafe prompts: label for the response that declines",
     "helpful": "helpful prompts: the same, which should be few",
 }
-# Where one of them was drawn behind worked answers of the aim of its prompt's set.
+_CONTRASTED = (
+    " It does so with the constitution's worked answers as few-shot context, by turns harmless and helpful ones, so"
+    " that the answers differ; they are not what it says by itself. A labeler that goes by the same worked answers will"
+    " be for the matching one nearly always."
+)
 _OF_OWN_AIM = {
-    "red_team": "unsafe prompts: label for the response behind harmless worked answers",
-    "helpful": "helpful prompts: label for the response behind helpful worked answers",
+    "red_team": "unsafe prompts: label for the response with harmless worked answers as context",
+    "helpful": "helpful prompts: label for the response with helpful worked answers as context",
 }
 
 

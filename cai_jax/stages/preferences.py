@@ -1,8 +1,9 @@
 """AI labels (Bai et al. 2022, section 4.1): responses of the SL-CAI model, two by two compared under drawn principles.
 
 With more than two responses a prompt each two of them are a pair (Ouyang et al. 2022, arXiv 2203.02155, section 3.5).
-Contrasted ones are drawn behind worked answers, in turn of the aim of the prompt's set and of the others, so that they
-differ in what is judged, and are labelled like all others (RLCD-Rescore, Yang et al. 2024, arXiv 2307.12950).
+Contrasted ones are sampled with the constitution's worked answers as few-shot context, by turns harmless and helpful
+ones, so that they differ in what is judged; they are labelled like all others (RLCD-Rescore, Yang et al. 2024, arXiv
+2307.12950).
 
 Labelers give log-odds; those of several are averaged. A pair on which none has an opinion is skipped by name: every row
 has a label. Filters then say which rows are fit to train on; the others stay, with the name of the filter.
@@ -23,8 +24,8 @@ from cai_jax.labelers.judge import TOO_LONG, Judge
 from cai_jax.labelers.opinion import Pair
 from cai_jax.labelers.vote import agreement
 from cai_jax.models.pretrained import check_model
-from cai_jax.prompts import unlike_answers, worked_answers
-from cai_jax.sampler import Generate
+from cai_jax.prompts import worked_answers
+from cai_jax.sampler import several
 from cai_jax.stages import labelling
 from cai_jax.stages.critique_revision import count_flags
 from cai_jax.stages.rows import make_rows, mean, messages_of, sample_dict, unfinished, usable_prompts, watch
@@ -71,24 +72,26 @@ def _sample_pairs(context, folder):
     settings = context.config.preferences
     policy = context.load_from("sft", settings.policy)
     sampler = context.sampler(policy)
-    prompts, skipped = [], []
+    contexts, prompts, skipped = _contexts(context), [], []
     for name in PROMPTS:
-        shown, room = _shown_before(context, name), settings.response.max_new_tokens
-        usable, unusable = usable_prompts(sampler, context.prompts[name], room, before=[turns for _, turns in shown])
+        usable, unusable = usable_prompts(
+            sampler, context.prompts[name], settings.response.max_new_tokens, before=[turns for _, turns in contexts]
+        )
         drawn = draw([prompt.id for prompt in usable], settings.share, context.config.seed, name, STAGE)
-        prompts += [(prompt, shown) for prompt in usable if prompt.id in drawn]
+        prompts += [prompt for prompt in usable if prompt.id in drawn]
         skipped += unusable
 
-    def answer(asked):
-        prompt, shown = asked
-        first = context.row_seed(STAGE, prompt.id, "first")  # drawn, as judges are partial to the first response
-        samples = []
-        for n in range(settings.responses_per_prompt):
-            aim, worked = shown[(first + n) % len(shown)]
-            seed = context.row_seed(STAGE, prompt.id, n)
-            sample = yield Generate([*worked, *messages_of(prompt)], settings.response, seed)
-            samples.append(sample_dict(sample) | ({"aim": aim} if aim else {}))
-        return prompt, samples
+    def answer(prompt):
+        # Judges are partial to the first response, so which context comes first is drawn.
+        first = context.row_seed(STAGE, prompt.id, "first")
+        seeds = [context.row_seed(STAGE, prompt.id, n) for n in range(settings.responses_per_prompt)]
+        responses = {}
+        for place, (aim, turns) in enumerate(contexts):
+            mine = range((place - first) % len(contexts), len(seeds), len(contexts))
+            conversation = [*turns, *messages_of(prompt)]
+            samples = yield from several(conversation, settings.response, [seeds[n] for n in mine])
+            responses |= {n: sample_dict(x) | ({"aim": aim} if aim else {}) for n, x in zip(mine, samples, strict=True)}
+        return prompt, [responses[n] for n in range(len(seeds))]
 
     def pairs_of(answered):
         return [
@@ -97,24 +100,22 @@ def _sample_pairs(context, folder):
             for sides in itertools.combinations(range(len(samples)), 2)
         ]
 
-    starts = [turns for _, turns in _shown_before(context, PROMPTS[0]) if turns]
     left = unfinished(folder, "pairs", len(prompts), settings.rows_per_shard)
     with context.progress.task("preferences: responses", len(prompts), "prompts", done=len(prompts) - left) as task:
         watch(sampler, task)
         pairs = make_rows(
-            folder, "pairs", prompts, settings.rows_per_shard, lambda: sampler, answer, starts, pairs_of
+            folder, "pairs", prompts, settings.rows_per_shard, lambda: sampler, answer,
+            [turns for _, turns in contexts if turns], pairs_of
         )
     return pairs, skipped
 
 
-def _shown_before(context, name: str) -> list[tuple[str, list[dict]]]:
-    """What stands before the responses to a set's prompts, in turn, each with its aim: nothing, or worked answers."""
+def _contexts(context) -> list[tuple[str, list[dict]]]:
+    """The turns before the prompts that responses are sampled to, with their aim: none, or worked answers of each."""
     if not context.config.preferences.contrasted:
         return [("", [])]
-    own = AIM_OF[name]
-    principles = context.constitution.matching("", own)
-    answers = worked_answers(context.constitution, principles), unlike_answers(context.constitution, principles)
-    return list(zip((own, *(aim for aim in AIMS if aim != own)), answers, strict=True))
+    constitution = context.constitution
+    return [(aim, worked_answers(constitution, constitution.matching("", aim))) for aim in AIMS]
 
 
 def _matching(context, category: str, unsafe: bool) -> Sequence[Principle]:

@@ -57,7 +57,7 @@ def rows_of_pass(settings) -> int:
 
 
 def draw_prompts(context, stage: str, prompts: list, count: int, draw: str) -> list:
-    """`count` prompts without repeats as far as they reach, of either set as many as the stage's config says."""
+    """`count` prompts without repeats as far as they reach, of both sets together or a share of each."""
     rng = np.random.default_rng(context.row_seed(stage, "prompts", draw))
     share = getattr(context.config, stage).red_team_share
     if not share:

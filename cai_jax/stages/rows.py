@@ -92,15 +92,17 @@ def usable_prompts(sampler, prompt_rows, new_tokens: int, max_prompt_tokens: int
     """
     room = new_tokens if max_prompt_tokens is None else max(new_tokens, sampler.max_length - max_prompt_tokens)
     limit = sampler.max_length - room
+    behind = " with the worked answers before it" if any(before) else ""
     usable, skipped = [], list(prompt_rows.skipped)
     for prompt in prompt_rows.rows:
         if all(sampler.fits([*start, *messages_of(prompt)], room) for start in before):
             usable.append(prompt)
         else:
-            skipped.append({"id": prompt.id, "reason": f"prompt longer than {limit} tokens"})
+            skipped.append({"id": prompt.id, "reason": f"prompt longer than {limit} tokens{behind}"})
     if not usable:
         raise UserError(
-            f"prompts: not one of {len(skipped)} fits {limit} tokens (the first: {skipped[0]['id']}); "
-            "raise sampler.max_length or ppo.max_prompt_tokens, or shorten the prompts"
+            f"prompts: not one of {len(skipped)} fits {limit} tokens{behind} (the first: {skipped[0]['id']}); raise "
+            "sampler.max_length" + (", or set preferences.contrasted=false" if behind else " or ppo.max_prompt_tokens")
+            + ", or shorten the prompts"
         )
     return usable, skipped

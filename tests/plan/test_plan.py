@@ -324,16 +324,22 @@ def test_draws_of_a_revision_are_written_and_scored_and_critiques_can_be_left_ou
     assert fewer_steps / steps == pytest.approx(written(1, 0) / written(1, critique), rel=0.01)
 
 
-def test_contrasted_responses_run_their_prompt_anew_and_stand_behind_worked_answers():
-    def prefills(*overrides):
-        config = apply_overrides(load_config("cai_7b")[1], overrides)
-        lines = make_plan(config, H100, ARITHMETIC).lines
-        each, *_ = (x.program for x in lines if (x.program.stage, x.program.name) == ("preferences", "prefill"))
-        return each.calls, max(workload_of(config).starts["preferences"])
+def test_contrasted_responses_run_their_prompt_once_for_each_context_and_labels_do_not_change():
+    def programs(*overrides):
+        config = apply_overrides(load_config("cai_7b")[1], ["preferences.labelers=options", *overrides])
+        found = {}
+        for each in (x.program for x in make_plan(config, H100, ARITHMETIC).lines if x.program.stage == "preferences"):
+            found.setdefault(each.name, []).append(each)
+        return found, workload_of(config).starts
 
-    (calls, start), (more_calls, more_start) = prefills(), prefills("preferences.contrasted=true")
-    responses = load_config("cai_7b")[1].preferences.responses_per_prompt
-    assert more_calls / calls == pytest.approx(responses, rel=0.01) and more_start >= start > 0
+    (plain, starts), (contrasted, more_starts) = programs(), programs("preferences.contrasted=true")
+    assert starts["responses"] == (0,) and len(more_starts["responses"]) == 2
+    assert more_starts["labels"] == starts["labels"]
+    (prefill, labels), (more_prefill, more_labels) = plain["prefill"], contrasted["prefill"]
+    assert more_prefill.calls / prefill.calls == pytest.approx(2, rel=0.01) and more_labels.calls == labels.calls
+    assert more_labels.work == labels.work
+    (decode,), (more_decode,) = plain["decode, a step"], contrasted["decode, a step"]
+    assert more_decode.calls == decode.calls and more_decode.work.memory > decode.work.memory
 
 
 def test_more_contenders_take_longer_to_evaluate():

@@ -310,13 +310,16 @@ def aims_behind(request) -> set[str]:
     return {aim for aim in AIMS if request.conversation[:-1] == worked_answers(SHIPPED, SHIPPED.matching("", aim))}
 
 
-def test_contrasted_responses_are_drawn_behind_worked_answers_of_one_aim_and_the_other(tmp_path):
+def test_contrasted_responses_have_worked_answers_of_one_aim_and_the_other_as_context(tmp_path):
     def behind(request):
         (aim,) = aims_behind(request)
         return sample(f"{aim} {request.conversation[-1]['content']} {request.seed}")
 
-    given = contrasted_context(tmp_path, behind, responses_per_prompt=3)
+    given = contrasted_context(tmp_path, behind, responses_per_prompt=3, rows_per_shard=64)
     preferences.run(given, given.folder("preferences"))
+    assert sorted(map(str, given.sampler(None).shared)) == sorted(
+        str(worked_answers(SHIPPED, SHIPPED.matching("", aim))) for aim in AIMS
+    ), "each context is run once for all prompts"
     responses = {}
     for pair in rows_of(tmp_path, "pairs"):
         places = map(int, pair["id"].split("/")[-1].split("-"))
@@ -331,7 +334,7 @@ def test_contrasted_responses_are_drawn_behind_worked_answers_of_one_aim_and_the
     assert len(firsts) == 4, "which comes first is drawn"
 
 
-def test_responses_that_are_not_contrasted_are_drawn_behind_nothing(tmp_path):
+def test_responses_that_are_not_contrasted_have_no_context(tmp_path):
     def bare(request):
         assert len(request.conversation) == 1
         return answers(request)
@@ -353,10 +356,16 @@ def test_labels_for_the_response_of_the_sets_aim_are_counted(tmp_path, right):
     assert [(counted[name]["n"], counted[name]["value"]) for name in preferences.PROMPTS] == [(12, right)] * 2
 
 
-def test_a_prompt_that_does_not_fit_behind_worked_answers_is_left_out_by_name(tmp_path):
+def test_a_prompt_that_does_not_fit_after_worked_answers_is_left_out_by_name(tmp_path):
     of_aims = [worked_answers(SHIPPED, SHIPPED.matching("", aim)) for aim in AIMS]
     room = max(sum(len(turn["content"]) for turn in turns) for turns in of_aims) + 200
     given = contrasted_context(tmp_path, answers, room)
     given.prompts = with_unique_ids({"red_team": prompt_rows("x", "y" * 200), "helpful": prompt_rows("x")})
     summary = preferences.run(given, given.folder("preferences"))
-    assert [entry["id"] for entry in summary["skipped"]] == ["red_team/p1"] and summary["pairs"] == 2
+    limit = room - given.config.preferences.response.max_new_tokens
+    told = f"prompt longer than {limit} tokens with the worked answers before it"
+    assert summary["skipped"] == [{"id": "red_team/p1", "reason": told}] and summary["pairs"] == 2
+    given = contrasted_context(tmp_path / "again", answers, room)
+    given.prompts = with_unique_ids({"red_team": prompt_rows("y" * 200), "helpful": prompt_rows("x")})
+    with pytest.raises(UserError, match="raise sampler.max_length, or set preferences.contrasted=false, or shorten"):
+        preferences.run(given, given.folder("preferences"))

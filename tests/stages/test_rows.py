@@ -32,11 +32,13 @@ class CannedSampler:
     def __init__(self, answer, max_length=10_000):
         self.answer, self.max_length, self.counts = answer, max_length, Counts()
         self.model = SimpleNamespace(config=SimpleNamespace(max_position=20_000))
+        self.shared = []  # the conversation starts that were told of
 
     def fits(self, conversation, new_tokens, prefix=()):
         return sum(len(turn["content"]) for turn in [*prefix, *conversation]) + new_tokens <= self.max_length
 
     def stream(self, programs, shared=(), more=()):
+        self.shared += [start for start in (shared, *more) if start]
         for place, program in enumerate(programs):
             answer = None
             try:
