@@ -191,14 +191,17 @@ def test_examples_score_by_the_worked_answers_of_the_aim_of_the_prompts_set(judg
 
 
 def test_examples_as_a_reward_are_checked_at_the_door(tmp_path):
-    def refused(*overrides):
+    def refused(*overrides, stages=("ppo",)):
         with pytest.raises(UserError) as told:
-            prepared(tmp_path, "ppo.reward=examples", "constitution=harmless_helpful", *overrides)
+            prepared(tmp_path, "ppo.reward=examples", "constitution=harmless_helpful", *overrides, stages=stages)
         return str(told.value)
 
     named = "ppo.reward=examples needs: write one, or take another reward"
     assert f"no principle has the aim helpful, which {named}" in refused("principles=no_scams")
-    assert "needs some: write them, or take examples out of ppo.reward" in refused("principles=true_about_itself")
+    bare = "principles=true_about_itself"
+    assert "needs some: write them, or take examples out of ppo.reward" in refused(bare)
+    all_fields = "take examples out of preferences.labelers and judge.also and ppo.reward"
+    assert all_fields in refused(bare, "preferences.labelers=examples", stages=("preferences", "ppo"))
     assert "nowhere" in refused(f"ppo.judge={tmp_path}/nowhere")
     watched = ("monitor.every=1", "monitor.judge=rating")  # another judge than the reward, though the same model
     fingerprints = [
