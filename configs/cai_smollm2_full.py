@@ -38,7 +38,7 @@ def config() -> c.Config:
             helpful=answer, rows_per_shard=64, optimizer=c.Optimizer(learning_rate=2e-3), checkpoint_every=50,
         ),
         # Of two answers that both decline, or both comply, this judge cannot tell the better one, and is unsure. So
-        # they are drawn to differ: a reward model of this size learns nothing from the few that do so by chance.
+        # they are drawn to differ: a reward model of this size learns the few that do so by chance by heart.
         preferences=c.Preferences(
             labelers=("examples",), matched=True, contrasted=True, share=0.4, rows_per_shard=64,
             response=c.Sampling(temperature=0.8, top_p=0.95, max_new_tokens=16),
