@@ -75,8 +75,8 @@ class Sft:
 
     mixer: tuple[str, ...] = ()  # SET=FRACTION of revisions, helpful, sets of conversations; (): all of the first two
     drop: tuple[str, ...] = NO_REVISIONS  # revisions that are not learnt from, by the flags of their rounds
-    least_ratio: float = 0.0  # of several draws: how much likelier a token of the chosen one must have become, in nats,
-    # by the worked answers by which it was chosen; 0: all are learnt from
+    least_ratio: float = 0.0  # how much likelier a token of a revision must have become, in nats, by the worked answers
+    # by which one of several draws is chosen; 0: all are learnt from
     epochs: int = 1
     batch_size: int = 8  # packed sequences a step
     microbatches: int = 1
@@ -247,6 +247,7 @@ class Dpo:
     kind: str = "sigmoid"  # sigmoid | ipo | hinge | robust
     beta: float = 0.1  # how strongly the policy is tied to the reference
     smoothing: float = 0.0  # share of labels taken to be wrong; for sigmoid (conservative DPO) and robust
+    nll_coef: float = 0.0  # weight of a chosen token's negative log-prob beside the loss: holds its probability up
     soft_labels: bool = False  # sigmoid only: a label's probability is the target, and ties count too
     epochs: int = 1
     batch_size: int = 16  # pairs a step

@@ -167,6 +167,7 @@ BOUNDS = {
         "kind": _one_of("sigmoid", "ipo", "hinge", "robust"),
         "beta": _POSITIVE,
         "smoothing": ((lambda value: 0 <= value < 0.5), "from 0 to below 0.5"),
+        "nll_coef": _at_least(0),
         "epochs": _at_least(1),
         "batch_size": _at_least(1),
         "microbatches": _at_least(1),

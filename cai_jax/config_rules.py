@@ -43,9 +43,11 @@ def _check_sft(config: Config) -> None:
     if config.sft.anchor and not ("helpful" in sources and len(sources) > 1):
         raise UserError(f"sft.anchor ({config.sft.anchor:g}) holds the model to its own helpful answers while it "
                         "learns others: sft.mixer must have helpful and one more set")
-    if config.sft.least_ratio and config.critique_revision.draws == 1:
-        raise UserError(f"sft.least_ratio ({config.sft.least_ratio:g}) goes by how a revision was chosen among "
-                        "several: set critique_revision.draws above 1, or sft.least_ratio=0")
+
+
+def are_rated(config: Config) -> bool:
+    """Whether revisions get a log-ratio: where one of several is chosen by it, or `sft.least_ratio` leaves some out."""
+    return config.critique_revision.draws > 1 or config.sft.least_ratio > 0
 
 
 def _check_fields(node, prefix: str) -> None:

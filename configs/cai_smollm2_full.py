@@ -28,33 +28,36 @@ def config() -> c.Config:
         # it writes after its first sentence is noise. The time that more drafts would take goes into more prompts:
         # docs/results.md.
         critique_revision=c.CritiqueRevision(
-            rounds=1, critiques=False, draws=2, sentences=1, principles="matched", response=answer, revision=revision,
+            rounds=1, critiques=False, sentences=1, principles="matched", response=answer, revision=revision,
             rows_per_shard=64,
         ),
         # The anchor is heavy, as an answer has many beginnings and a refusal one: greedy answers decline long before
         # the model mostly does. What the settings beside these do: docs/results.md.
         sft=c.Sft(
-            least_ratio=0.8, epochs=2, batch_size=4, sequence_length=256, share_start=True, anchor=8.0,
+            least_ratio=0.8, epochs=2, batch_size=4, sequence_length=256, share_start=True, anchor=12.0,
             helpful=answer, rows_per_shard=64, optimizer=c.Optimizer(learning_rate=2e-3), checkpoint_every=50,
         ),
         # Of two answers that both decline, or both comply, this judge cannot tell the better one, and is unsure. So
         # they are drawn to differ: a reward model of this size learns the few that do so by chance by heart.
         preferences=c.Preferences(
-            labelers=("examples",), matched=True, contrasted=True, share=0.4, rows_per_shard=64,
+            labelers=("examples",), matched=True, contrasted=True, share=0.2, rows_per_shard=64,
             response=c.Sampling(temperature=0.8, top_p=0.95, max_new_tokens=16),
             filters=c.Filters(least_confidence=0.9),
         ),
         reward_model=c.RewardModel(
-            epochs=2, batch_size=16, max_length=128, optimizer=c.Optimizer(learning_rate=1e-3), checkpoint_every=20
+            epochs=2, batch_size=16, max_length=96, optimizer=c.Optimizer(learning_rate=1e-3), checkpoint_every=20
         ),
         # Rollouts are cut short on purpose: a penalty for that would pay for refusals, which are short.
         ppo=c.Ppo(
             value_trunk="shared", updates=16, rollouts=48, epochs=1, minibatches=2, max_prompt_tokens=64,
-            response=rollout, kl_coef=0.05, missing_eos_penalty=0.0, normalise_scores=True,
+            red_team_share=0.3, response=rollout, kl_coef=0.05, missing_eos_penalty=0.0, normalise_scores=True,
             checkpoint_every=4, optimizer=c.Optimizer(learning_rate=3e-4, schedule="linear", eps=1e-5),
         ),
-        dpo=c.Dpo(batch_size=16, max_length=128, optimizer=c.Optimizer(learning_rate=3e-4), checkpoint_every=20),
-        checkpoints=c.Checkpoints(export="frontier"),
+        # Without the chosen responses' own likelihood in the loss, both of a pair become less likely (docs/results.md).
+        dpo=c.Dpo(
+            batch_size=16, max_length=96, nll_coef=1.0, optimizer=c.Optimizer(learning_rate=3e-4), checkpoint_every=20
+        ),
+        checkpoints=c.Checkpoints(export="last"),
         monitor=c.Monitor(every=4, probes=12, response=c.Sampling(temperature=0.0, max_new_tokens=40)),
-        evaluate=c.Evaluate(response=c.Sampling(temperature=0.0, max_new_tokens=48), rows_per_shard=64),
+        evaluate=c.Evaluate(response=c.Sampling(temperature=0.0, max_new_tokens=32), rows_per_shard=64),
     )  # fmt: skip

@@ -174,7 +174,6 @@ def test_a_value_on_the_edge_of_its_range_is_taken(override):
 @pytest.mark.parametrize(("overrides", "told"), [
     (["sft.anchor=1", "sft.mixer=revisions=1"], "sft.anchor (1) .* sft.mixer must have helpful and one more set"),
     (["sft.anchor=1", "sft.mixer=helpful=1"], "sft.anchor (1) .* sft.mixer must have helpful and one more set"),
-    (["sft.least_ratio=0.5"], "sft.least_ratio (0.5) .* set critique_revision.draws above 1, or sft.least_ratio=0"),
 ])
 def test_settings_of_sft_that_would_do_nothing_are_refused(overrides, told):
     start, end = told.split(".*")

@@ -181,20 +181,22 @@ def grpo_objective(
 
 def dpo_objective(
     config: ModelConfig, compute_dtype="float32", remat="none", *, beta: float, kind="sigmoid", smoothing=0.0,
-    attention="auto",
+    nll_coef=0.0, attention="auto",
 ):  # fmt: skip
     """Direct preference optimization on pairs; the loss and its kinds stand in objectives/dpo.py.
 
     Batch: pairs as rows of `batches.pair_rows` whose first response is the chosen one: `tokens`, `positions`,
     `segments` `[B, T]`; `ref_logprobs` `[B, 2]`, the reference model's `pair_logprobs` of the same rows; `real` `[B]`
     (0 for an empty row); `smoothing` `[B]` in the place of the one number, where labels are soft. The weight is the
-    number of pairs; rewards are beta times the log-ratio to the reference.
+    number of pairs; rewards are beta times the log-ratio to the reference. `nll` is the negative log-prob of a chosen
+    token, the mean of a response, of which `nll_coef` is the weight (Pang et al. 2024, arXiv 2404.19733, equation 1).
     """
 
     def objective(params, batch):
         logprobs_B2 = pair_logprobs(config, params, batch, kind, compute_dtype, remat, attention)
         arrays = *logprobs_B2.T, *batch["ref_logprobs"].T
-        terms_B = dpo.terms(*arrays, beta, kind, batch.get("smoothing", smoothing))
+        nll_B = -logprobs_B2[:, 0] / (1 if kind == "ipo" else jnp.maximum(_of_responses(batch)[..., 0].sum(axis=1), 1))
+        terms_B = dpo.terms(*arrays, beta, kind, batch.get("smoothing", smoothing)) + nll_coef * nll_B
         loss, count = masked_sum(terms_B, batch["real"])
         rewards_B2 = beta * (logprobs_B2 - batch["ref_logprobs"])
         sums = {
@@ -202,6 +204,7 @@ def dpo_objective(
             "margin": rewards_B2[:, 0] - rewards_B2[:, 1],
             "chosen_reward": rewards_B2[:, 0],
             "rejected_reward": rewards_B2[:, 1],
+            "nll": nll_B,
         }
         return loss, count, {name: masked_sum(x_B, batch["real"])[0] for name, x_B in sums.items()}
 
@@ -220,9 +223,14 @@ def pair_logprobs(config, params, batch, kind="sigmoid", compute_dtype="float32"
     before_BT = jnp.where(first_BT, positions_BT - 1, jnp.arange(tokens_BT.shape[1]) - 1)
     hidden_BTD = jnp.take_along_axis(hidden_BTD, jnp.maximum(before_BT, 0)[..., None], axis=1)
     logprobs_BT, _ = token_logprobs(hidden_BTD, _head(config, params, compute_dtype), tokens_BT)
-    of_responses_BT2 = (segments_BT[..., None] == jnp.arange(1, 3)) & (positions_BT > 0)[..., None]
+    of_responses_BT2 = _of_responses(batch)
     sums_B2 = masked_fill(logprobs_BT[..., None], of_responses_BT2).sum(axis=1)
     return sums_B2 / jnp.maximum(of_responses_BT2.sum(axis=1), 1) if kind == "ipo" else sums_B2
+
+
+def _of_responses(batch):
+    """`[B, T, 2]`: which tokens of `batches.pair_rows` are of each of the two responses."""
+    return (batch["segments"][..., None] == jnp.arange(1, 3)) & (batch["positions"] > 0)[..., None]
 
 
 def completion_logprobs(

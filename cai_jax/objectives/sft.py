@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from cai_jax.mesh import by_table
 
 from .logprobs import (
-    CHUNK,
     as_float,
     assert_same_shape,
     from_slabs,
@@ -18,6 +17,8 @@ from .logprobs import (
     masked_sum,
     to_slabs,
 )
+
+CHUNK = 256  # tokens a device whose logits exist at once; few, as slabs in which no token counts are left out
 
 
 def token_loss(logprobs_BT, mask_BT):
@@ -37,7 +38,8 @@ def nll_sum(head, weights, hidden_BTD, targets_BT, mask_BT, chunk: int = CHUNK):
 
     As `logprobs.token_logprobs`, but the gradient is made slab by slab in the forward pass, while the logits are
     there, and only scaled in the backward pass: three products with the vocabulary instead of four. It can be so
-    because the weight of every token is known beforehand.
+    because the weight of every token is known beforehand. So is which tokens count: each row's are put first, and
+    slabs without one are not computed.
 
     Args:
       head: (weights, hidden [..., D]) -> logits [..., V] in float32; a cast of the weights belongs inside.
@@ -45,7 +47,8 @@ def nll_sum(head, weights, hidden_BTD, targets_BT, mask_BT, chunk: int = CHUNK):
       hidden_BTD, targets_BT, chunk: see logprobs.token_logprobs.
       mask_BT: true or 1 where a token counts.
     """
-    return _slab_sum(partial(_nll, head), weights, hidden_BTD, (targets_BT, mask_BT), (), chunk)[0]
+    hidden_BTD, *arrays = _counted_first(mask_BT, hidden_BTD, targets_BT, mask_BT)
+    return _slab_sum(partial(_nll, head), weights, hidden_BTD, tuple(arrays), (), chunk)[0]
 
 
 def anchored_sum(head, weights, hidden_BTD, targets_BT, mask_BT, reference, coef: float, chunk: int = CHUNK):
@@ -62,8 +65,18 @@ def anchored_sum(head, weights, hidden_BTD, targets_BT, mask_BT, reference, coef
       The loss and, without gradient, the summed KL of the positions marked 2, in nats, without `coef`.
     """
     reference_weights, reference_BTD = reference
-    arrays = targets_BT, mask_BT, reference_BTD
-    return _slab_sum(partial(_nll_and_kl, head, coef), weights, hidden_BTD, arrays, reference_weights, chunk)
+    hidden_BTD, *arrays = _counted_first(mask_BT, hidden_BTD, targets_BT, mask_BT, reference_BTD)
+    return _slab_sum(partial(_nll_and_kl, head, coef), weights, hidden_BTD, tuple(arrays), reference_weights, chunk)
+
+
+def _counted_first(mask_BT, *arrays):
+    """The arrays [B, T, ...] with each row's positions in another order: first those where the mask is not 0."""
+    order_BT = jnp.argsort(mask_BT == 0, axis=1)
+
+    def ordered(x):
+        return jnp.take_along_axis(x, order_BT.reshape(order_BT.shape + (1,) * (x.ndim - 2)), axis=1)
+
+    return [ordered(x) for x in arrays]
 
 
 def _nll(head, weights, hidden, fixed, targets, mask):
@@ -83,12 +96,18 @@ def _nll_and_kl(head, coef, weights, hidden, reference_weights, targets, mask, r
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 5))
 def _slab_sum(slab_loss, weights, hidden_BTD, arrays, fixed, chunk):
-    """The sums of `slab_loss(weights, hidden, fixed, *arrays) -> (loss, metric)` over slabs of positions.
+    """The sums of `slab_loss(weights, hidden, fixed, targets, mask, ...) -> (loss, metric)` over slabs of positions.
 
-    Only the loss, and of it only `weights` and `hidden_BTD`, have a gradient.
+    `arrays` are targets, mask and what else there is; a slab whose mask is 0 everywhere is not computed. Only the loss,
+    and of it only `weights` and `hidden_BTD`, have a gradient.
     """
     hidden, *slabs = [to_slabs(x, chunk) for x in (hidden_BTD, *arrays)]
-    losses, metrics = jax.lax.map(lambda slab: slab_loss(weights, slab[0], fixed, *slab[1:]), (hidden, *slabs))
+    nothing = jnp.float32(0), jnp.float32(0)
+
+    def sums(slab):
+        return jax.lax.cond(_counts(slab), lambda: slab_loss(weights, slab[0], fixed, *slab[1:]), lambda: nothing)
+
+    losses, metrics = jax.lax.map(sums, (hidden, *slabs))
     return losses.sum(), metrics.sum()
 
 
@@ -101,6 +120,9 @@ def _slab_sum_forward(slab_loss, weights, hidden_BTD, arrays, fixed, chunk):
     differentiate = jax.value_and_grad(slab_loss, argnums=(0, 1) if trained else (1,), has_aux=True)
 
     def add(total, slab):
+        return jax.lax.cond(_counts(slab), added, lambda total, slab: (total, jnp.zeros_like(slab[0])), total, slab)
+
+    def added(total, slab):
         hidden, *others = slab
         sums, (*of_weights, of_hidden) = differentiate(weights, hidden, fixed, *others)
         total = jax.tree.map(jnp.add, total, (sums, [jax.tree.map(as_float, tree) for tree in of_weights]))
@@ -111,6 +133,11 @@ def _slab_sum_forward(slab_loss, weights, hidden_BTD, arrays, fixed, chunk):
     (sums, of_weights), of_hidden = jax.lax.scan(add, start, slabs)
     of_weights = jax.tree.map(lambda x, leaf: x.astype(leaf.dtype), of_weights[0], weights) if trained else None
     return sums, (of_weights, from_slabs(of_hidden, hidden_BTD.shape[1]))
+
+
+def _counts(slab):
+    """Whether a token of a slab counts; its arrays are hidden states, targets and the mask."""
+    return jnp.any(slab[2] != 0)
 
 
 def _slab_sum_backward(slab_loss, chunk, gradients, scales):

@@ -71,7 +71,10 @@ def _loss_of(run: Run) -> str:
     soft = ", soft labels" if run.resolved("dpo.soft_labels") else ""
     smoothing = run.resolved("dpo.smoothing")
     smoothed = f", smoothing {small(smoothing)}" if smoothing else ""
-    return f"loss {run.resolved('dpo.kind', 'not recorded')}, beta {small(run.resolved('dpo.beta'))}{smoothed}{soft}"
+    coef = run.resolved("dpo.nll_coef")
+    held = f", with {small(coef)} times the negative log-prob of a chosen token" if coef else ""
+    kind, beta = run.resolved("dpo.kind", "not recorded"), small(run.resolved("dpo.beta"))
+    return f"loss {kind}, beta {beta}{smoothed}{soft}{held}"
 
 
 def _dpo_table(held_out: dict) -> Html:

@@ -119,7 +119,7 @@ def objective(config, model):
     shape, settings = config.model, config.dpo
     return dpo_objective(
         model, shape.compute_dtype, shape.remat, beta=settings.beta, kind=settings.kind, smoothing=settings.smoothing,
-        attention=shape.attention,
+        nll_coef=settings.nll_coef, attention=shape.attention,
     )  # fmt: skip
 
 
@@ -153,7 +153,9 @@ def _losses(settings, pairs, logprobs) -> np.ndarray:
     """The loss of every pair, from the policy's summed log-probs `[pairs, 2]`."""
     arrays = [_as_learnt(settings, pairs, x) for x in (logprobs, _reference(pairs))]
     columns = [column for array in arrays for column in array.T]
-    return np.asarray(dpo.terms(*columns, settings.beta, settings.kind, _smoothing(settings, pairs)))
+    terms = np.asarray(dpo.terms(*columns, settings.beta, settings.kind, _smoothing(settings, pairs)))
+    lengths = [len(pair["tokens"][1]) for pair in pairs]
+    return terms - settings.nll_coef * logprobs[:, 0] / np.maximum(lengths, 1)
 
 
 def _reference(pairs) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from cai_jax.chat import encode_text
 from cai_jax.config import NO_REVISIONS
+from cai_jax.config_rules import are_rated
 from cai_jax.labelers.examples import log_ratios
 from cai_jax.prompts import unlike_answers, worked_answers
 from cai_jax.similarity import Index
@@ -49,14 +50,14 @@ def choose(context, sampler, messages: list[dict], principle, drawn: list[dict])
     """A row program: the place of the draw that worked answers before it make likeliest, and log-ratios.
 
     The worked answers are those of the principle's aim, as against those of other aims, or none where there are no
-    others.
+    others. A single draw has a ratio where `sft.least_ratio` goes by it.
 
     A draw that is no revision has no ratio, and is chosen, the first, only where all are such or where the context
     does not hold the worked answers.
     """
     fit = [i for i, each in enumerate(drawn) if not any(each["flags"][flag] for flag in _UNFIT)]
     ratios = None
-    if len(drawn) > 1 and fit:
+    if fit and are_rated(context.config):
         texts = [drawn[i]["revision"]["text"] for i in fit]
         worked = compared(context.constitution, principle)
         ratios = yield from log_ratios(sampler.model.tokenizer, sampler.fits, *worked, messages, texts, per_token=True)

@@ -130,6 +130,12 @@ def test_dpo_of_a_pair_in_one_row_is_dpo_of_its_two_texts(policy, kind):
     assert count == 3
     np.testing.assert_allclose(loss / count, want, rtol=1e-4)
     np.testing.assert_allclose(sums["margin"], 0.3 * np.sum((ours - theirs) @ [1, -1]), rtol=1e-3)
+    held, _, sums = dpo_objective(policy.config, beta=0.3, kind=kind, nll_coef=0.5)(
+        policy.params, {**batch, "ref_logprobs": ref_logprobs}
+    )
+    of_a_token = ours[:, 0] / (1 if kind == "ipo" else [len(chosen) for _, chosen, _ in pairs])
+    np.testing.assert_allclose(sums["nll"], -of_a_token.sum(), rtol=1e-4)
+    np.testing.assert_allclose(held, loss - 0.5 * of_a_token.sum(), rtol=1e-4)
 
 
 def test_soft_labels_of_dpo_come_with_the_rows(policy):

@@ -69,6 +69,22 @@ def test_masked_positions_have_no_gradient():
     assert (np.asarray(of_hidden)[mask == 0] == 0).all() and (np.asarray(of_hidden)[mask > 0] != 0).any()
 
 
+def test_only_slabs_with_a_token_that_counts_are_projected():
+    weights, hidden, targets, _ = arrays()
+    mask = np.zeros((B, T), int)
+    mask[0, [1, 4, 6]] = mask[1, 5] = 1
+    seen = []
+
+    def watched(weights, hidden):
+        jax.debug.callback(seen.append, hidden[..., 0])
+        return head(weights, hidden)
+
+    jax.block_until_ready(jax.grad(nll_sum, argnums=2)(watched, weights, hidden, targets, mask, B))
+    jax.effects_barrier()
+    assert len(seen) == 3  # slabs of a position a row: the row with most that count has three
+    assert {float(x) for x in hidden[0, [1, 4, 6], 0]} <= {float(x) for slab in seen for x in np.ravel(slab)}
+
+
 def reference_of(weights, hidden):
     rng = np.random.default_rng(1)
     return jax.tree.map(lambda x: x + jnp.asarray(rng.standard_normal(x.shape), x.dtype), (weights, hidden))

@@ -92,6 +92,7 @@ def test_prompts_are_held_out_as_the_reward_model_holds_them_out():
 
 @pytest.mark.parametrize("settings", [
     Dpo(), Dpo(kind="ipo", beta=0.3), Dpo(kind="hinge"), Dpo(kind="robust", smoothing=0.2), Dpo(soft_labels=True),
+    Dpo(nll_coef=0.5), Dpo(kind="ipo", nll_coef=0.5),
 ], ids=lambda settings: settings.kind)  # fmt: skip
 def test_held_out_numbers_agree_with_a_slow_count(settings):
     rng = np.random.default_rng(3)
@@ -110,7 +111,8 @@ def test_held_out_numbers_agree_with_a_slow_count(settings):
         ref = pair["reference"] / scale
         own = np.asarray([chosen, rejected]) / scale
         smoothing = 1 - pair["probability"] if settings.soft_labels else settings.smoothing
-        terms.append(float(losses.loss(*own[:, None], *ref[:, None], settings.beta, settings.kind, smoothing)))
+        term = float(losses.loss(*own[:, None], *ref[:, None], settings.beta, settings.kind, smoothing))
+        terms.append(term - settings.nll_coef * chosen / len(pair["tokens"][1]))
         margins.append(settings.beta * ((own - ref)[0] - (own - ref)[1]))
         if abs(pair["probability"] - 0.5) > 0.01:
             right.append(margins[-1] > 0)

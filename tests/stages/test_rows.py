@@ -359,6 +359,22 @@ def test_of_several_draws_the_one_is_taken_that_worked_answers_make_likeliest(tm
     assert summary["kinds"]["revision"][1] == {"refusal": 1, "answer": 0, "degenerate": 0, "empty": 0}
 
 
+@pytest.mark.parametrize("least", [0.0, 0.5])
+def test_a_single_draw_is_rated_where_sft_goes_by_its_ratio(tmp_path, least):
+    texts = iter(["Gladly.", "I can't help with that."])
+
+    def answer(request):
+        return sample(next(texts)) if isinstance(request, Generate) else [np.full(5, -1.0)]
+
+    sampler, folder = CannedSampler(answer), StageFolder(tmp_path, "critique_revision")
+    sampler.model.tokenizer = byte_tokenizer()
+    told = told_how(sampler, ["p"], rounds=1, critiques=False, principles="matched")
+    told.config = replace(told.config, sft=replace(told.config.sft, least_ratio=least))
+    critique_revision.run(told, folder)
+    ((entry,),) = [row["rounds"] for row in folder.read_shards()]
+    assert entry["draws"] == [{"kind": "refusal", "rated": least > 0, "ratio": 0.0}] and entry["chosen"] == 0
+
+
 def test_where_no_draw_is_a_revision_the_first_is_taken_and_flagged(tmp_path):
     texts = iter(["Take a crowbar."] * 9)
     folder = StageFolder(tmp_path, "critique_revision")
