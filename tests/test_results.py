@@ -50,6 +50,26 @@ def test_the_results_table_says_of_each_model_what_its_answers_are(tmp_path):
     assert results.loss_change(losses, "dpo") == alone != results.loss_change(losses, "base")
 
 
+def test_seeds_of_two_machines_are_one_experiment_and_other_prompts_are_another(tmp_path):
+    results = part("results")
+
+    def settings(name, seed, lies="/a", prompts="h", rate=0.1):
+        config = {
+            "seed": seed, "run_dir": name, "stages": ["sft"], "description": name,
+            "prompts": {"path": f"{lies}/p.jsonl"},
+            "model": {"source": f"{lies}/model", "dtype": "float32"}, "sft": {"rate": rate},
+        }  # fmt: skip
+        hashes = {"constitution": {"hash": "c"}, "prompts": {"eval": {"hash": prompts}}, "model_hash": "m"}
+        run = {"config": config, **hashes}
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(run))
+        return results.record_of(tmp_path / name)[0]["settings"]
+
+    first = settings("one", 0)
+    assert settings("two", 1, lies="/elsewhere") == first
+    assert first not in (settings("three", 1, prompts="i"), settings("four", 1, rate=0.2))
+
+
 def test_the_plots_of_results_show_what_the_records_and_runs_say(tmp_path, monkeypatch, capsys):
     plots = part("results_plots")
     lines = [{"seed": 0, "settings": "a"}]
