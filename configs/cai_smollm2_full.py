@@ -34,7 +34,7 @@ def config() -> c.Config:
         # The anchor is heavy, as an answer has many beginnings and a refusal one: greedy answers decline long before
         # the model mostly does. What the settings beside these do: docs/results.md.
         sft=c.Sft(
-            least_ratio=0.8, epochs=2, batch_size=4, sequence_length=256, share_start=True, anchor=12.0,
+            least_ratio=0.8, epochs=2, batch_size=4, sequence_length=256, share_start=True, anchor=8.0,
             helpful=answer, rows_per_shard=64, optimizer=c.Optimizer(learning_rate=2e-3), checkpoint_every=50,
         ),
         # Of two answers that both decline, or both comply, this judge cannot tell the better one, and is unsure. So

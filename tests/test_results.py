@@ -109,6 +109,26 @@ def test_the_plots_of_results_show_what_the_records_and_runs_say(tmp_path, monke
             plots.main()
 
 
+def test_samples_are_the_ends_and_the_middle_of_the_last_models_odds_and_of_shipped_prompts_alone(tmp_path):
+    samples = part("samples")
+    folder = StageFolder(tmp_path, "evaluate")
+    folder.begin({})
+    prompts = sorted(samples.shipped("red_team"))[:7] + ["One of a set that does not ship"]
+    for model, sign in (("base", -1), ("rl_cai", 1)):
+        folder.write_shard(0, 1, [
+            {"set": "red_team", "id": f"r{n}", "messages": [{"role": "user", "content": prompt}],
+             "response": {"text": f"{model} | {n}\n<b>"}, "refusal_log_odds": float(sign * n)}
+            for n, prompt in enumerate(prompts)
+        ], f"rows-{model}")  # fmt: skip
+    table = samples.as_table(samples.answers_of(tmp_path), {name: samples.shipped(name) for name in samples.SETS})
+    head, _, *rows = table.splitlines()
+    assert head == "| set | prompt | base | RL-CAI |"
+    told = [row.split(" | ")[-1].removesuffix(" |") for row in rows]
+    assert told == [f"rl_cai \\| {n} &lt;b>" for n in (6, 5, 4, 3, 1, 0)]
+    with pytest.raises(UserError, match="holds no answers"):
+        samples.answers_of(tmp_path / "nothing")
+
+
 def test_verdicts_are_asked_for_once_and_kept(tmp_path, monkeypatch, capsys):
     verdicts = part("verdicts")
     monkeypatch.setattr(verdicts, "FILE", tmp_path / "results" / "verdicts.tsv")
