@@ -83,11 +83,11 @@ def record_of(run_dir: Path) -> list[dict]:
     if not (run_dir / "config.json").exists():
         return []
     stored = read_json(run_dir / "config.json")
-    # Prompts and model go in by their hashes, as where they lie differs between machines.
-    apart = {"seed", "run_dir", "stages", "description", "prompts"}
+    # Prompts, constitution and model go in by their hashes, as where they lie differs between machines.
+    apart = {"seed", "run_dir", "stages", "description", "prompts", "constitution"}
     config = {name: value for name, value in stored["config"].items() if name not in apart}
     config["model"] = {name: value for name, value in config["model"].items() if name != "source"}
-    settings = content_hash([config, stored["constitution"], stored["prompts"], stored["model_hash"]])
+    settings = content_hash([config, stored["constitution"]["hash"], stored["prompts"], stored["model_hash"]])
     lines = [{"seed": stored["config"]["seed"], "settings": settings}]
     for stage in STAGES:
         if (file := run_dir / stage / "timing.json").exists():

@@ -36,7 +36,7 @@ def answers_of(run: Path) -> dict[str, dict]:
     """The rows of each model of a run by set and id; UserError where it has none."""
     folder = StageFolder(run, "evaluate")
     models = [name for name in MODELS if folder.finished_shards(f"rows-{name}")]
-    if not models:
+    if folder.done() is None or not models:
         raise UserError(f"{run}: holds no answers; name a run folder whose stage evaluate is done")
     return {name: {(row["set"], row["id"]): row for row in folder.read_shards(f"rows-{name}")} for name in models}
 

@@ -75,8 +75,8 @@ class Sft:
 
     mixer: tuple[str, ...] = ()  # SET=FRACTION of revisions, helpful, sets of conversations; (): all of the first two
     drop: tuple[str, ...] = NO_REVISIONS  # revisions that are not learnt from, by the flags of their rounds
-    least_ratio: float = 0.0  # how much likelier a token of a revision must have become, in nats, by the worked answers
-    # by which one of several draws is chosen; 0: all are learnt from
+    least_ratio: float = 0.0  # how much likelier a token of a revision must have become, in nats, by worked answers of
+    # its principle's aim as against others; 0: all are learnt from
     epochs: int = 1
     batch_size: int = 8  # packed sequences a step
     microbatches: int = 1

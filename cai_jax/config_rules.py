@@ -45,7 +45,7 @@ def _check_sft(config: Config) -> None:
                         "learns others: sft.mixer must have helpful and one more set")
 
 
-def are_rated(config: Config) -> bool:
+def rates_revisions(config: Config) -> bool:
     """Whether revisions get a log-ratio: where one of several is chosen by it, or `sft.least_ratio` leaves some out."""
     return config.critique_revision.draws > 1 or config.sft.least_ratio > 0
 
@@ -169,6 +169,9 @@ def _check_dpo(dpo: c.Dpo) -> None:
     if dpo.smoothing and dpo.kind not in ("sigmoid", "robust"):
         raise UserError(f"dpo.smoothing ({dpo.smoothing}) must be 0 with dpo.kind={dpo.kind}: "
                         "only sigmoid and robust have it")
+    if dpo.soft_labels and dpo.nll_coef:
+        raise UserError(f"dpo.nll_coef ({dpo.nll_coef:g}) must be 0 with dpo.soft_labels: where a label is unsure, the "
+                        "response that is chosen is no better than the other")
     if dpo.soft_labels and (dpo.kind != "sigmoid" or dpo.smoothing):
         raise UserError("dpo.soft_labels goes with dpo.kind=sigmoid and dpo.smoothing=0: "
                         "each label's probability is its smoothing")

@@ -202,6 +202,7 @@ def test_no_number_goes_unchecked(name):
     (["dpo.kind=hinge", "dpo.soft_labels=true"], "dpo.soft_labels goes with dpo.kind=sigmoid"),
     (["dpo.kind=robust", "dpo.soft_labels=true"], "dpo.soft_labels goes with dpo.kind=sigmoid"),
     (["dpo.smoothing=0.1", "dpo.soft_labels=true"], "dpo.smoothing=0"),
+    (["dpo.nll_coef=1", "dpo.soft_labels=true"], "dpo.nll_coef (1) must be 0 with dpo.soft_labels"),
 ])
 def test_labels_of_dpo_are_smoothed_in_one_way_where_the_loss_has_it(overrides, told):
     assert told in error_of(validate, apply_overrides(base(), overrides))

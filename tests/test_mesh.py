@@ -89,7 +89,7 @@ from types import SimpleNamespace
 import jax, numpy as np
 from cai_jax import config as configs, load_model
 from cai_jax.mesh import make_mesh, put_rows, shardings
-from cai_jax.objectives import model_losses as losses
+from cai_jax.objectives import model_losses as losses, sft
 from cai_jax.objectives.ppo import no_scores
 from cai_jax.stages.ppo import Frozen, score_rollouts
 from cai_jax.stages.rewards import Source
@@ -118,7 +118,11 @@ rollouts = {"tokens": tokens, "positions": np.where((places >= 0) & (np.arange(T
 other = jax.tree.map(lambda leaf: leaf * 1.1, policy.params)
 shared = {**packed, "segments": packed["segments"] * (np.arange(T) >= 3),
           "targets": packed["targets"] * rng.integers(1, 3, (B, T))}
+sparse = {**shared, "targets": shared["targets"] * (np.arange(T) % 6 == 2)}
+sft.CHUNK = 16  # many slabs, of which a sparse batch fills the first
 work = {
+    "sparse": (losses.sft_objective(policy.config, attention=attention, anchor=0.7, share_start=True),
+               {"p": {"policy": policy.params, "reference": other}}, sparse),
     "sft": (losses.sft_objective(policy.config, attention=attention), {"p": policy.params}, packed),
     "anchored": (losses.sft_objective(policy.config, attention=attention, anchor=0.7, share_start=True),
                  {"p": {"policy": policy.params, "reference": other}}, shared),

@@ -762,6 +762,22 @@ def test_zero_counters_and_skipped_rows_are_named(tmp_path, no_plots):
     assert "sft-long-1" in seen.words and "prompt longer than 256 tokens" in seen.words
 
 
+def test_what_a_setting_leaves_out_of_the_rewritten_answers_and_adds_to_the_loss_of_dpo_is_said(tmp_path, no_plots):
+    run = FakeRun(tmp_path).everything()
+    plain = render(run.folder)[1].words
+    assert "made likelier by less than" not in plain and "times the negative log-prob" not in plain
+    more = {"sft": {"least_ratio": 0.8}, "dpo": {"nll_coef": 0.5}}
+
+    def edit(content):
+        for name, fields in more.items():
+            content["config"].setdefault(name, {}).update(fields)
+
+    run.edit("config.json", edit)
+    told = render(run.folder)[1].words
+    assert "and those that worked answers made likelier by less than 0.8 nats a token" in told
+    assert "with 0.5 times the negative log-prob of a chosen token" in told
+
+
 def test_unchanged_revisions_are_counted_by_their_texts(tmp_path):
     run = FakeRun(tmp_path)
     run.critique_revision()

@@ -120,6 +120,7 @@ def test_samples_are_the_ends_and_the_middle_of_the_last_models_odds_and_of_ship
              "response": {"text": f"{model} | {n}\n<b>"}, "refusal_log_odds": float(sign * n)}
             for n, prompt in enumerate(prompts)
         ], f"rows-{model}")  # fmt: skip
+    folder.finish({})
     table = samples.as_table(samples.answers_of(tmp_path), {name: samples.shipped(name) for name in samples.SETS})
     head, _, *rows = table.splitlines()
     assert head == "| set | prompt | base | RL-CAI |"

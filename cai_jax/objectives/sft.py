@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from cai_jax.mesh import by_table
 
 from .logprobs import (
+    CHUNK,
     as_float,
     assert_same_shape,
     from_slabs,
@@ -18,7 +19,9 @@ from .logprobs import (
     to_slabs,
 )
 
-CHUNK = 256  # tokens a device whose logits exist at once; few, as slabs in which no token counts are left out
+# Tokens a device whose logits exist at once where the weights of the head do not train. Few, as only slabs in which
+# a token counts are computed; where they train (then `logprobs.CHUNK`) each slab adds a whole gradient of them.
+CHUNK_OF_A_FROZEN_HEAD = 256
 
 
 def token_loss(logprobs_BT, mask_BT):
@@ -33,7 +36,7 @@ def token_loss_sums(logprobs_BT, mask_BT):
     return -total, count
 
 
-def nll_sum(head, weights, hidden_BTD, targets_BT, mask_BT, chunk: int = CHUNK):
+def nll_sum(head, weights, hidden_BTD, targets_BT, mask_BT, chunk: int = 0):
     """Sum of -log softmax(head(weights, hidden))[target] over the masked positions, a float32 scalar.
 
     As `logprobs.token_logprobs`, but the gradient is made slab by slab in the forward pass, while the logits are
@@ -44,14 +47,15 @@ def nll_sum(head, weights, hidden_BTD, targets_BT, mask_BT, chunk: int = CHUNK):
     Args:
       head: (weights, hidden [..., D]) -> logits [..., V] in float32; a cast of the weights belongs inside.
       weights: a dict of leaves by their names in the parameters. Where all are frozen, their gradient is not computed.
-      hidden_BTD, targets_BT, chunk: see logprobs.token_logprobs.
+      hidden_BTD, targets_BT: see logprobs.token_logprobs.
       mask_BT: true or 1 where a token counts.
+      chunk: tokens a device whose logits exist at once; 0: few where the weights are frozen, else `logprobs.CHUNK`.
     """
     hidden_BTD, *arrays = _counted_first(mask_BT, hidden_BTD, targets_BT, mask_BT)
     return _slab_sum(partial(_nll, head), weights, hidden_BTD, tuple(arrays), (), chunk)[0]
 
 
-def anchored_sum(head, weights, hidden_BTD, targets_BT, mask_BT, reference, coef: float, chunk: int = CHUNK):
+def anchored_sum(head, weights, hidden_BTD, targets_BT, mask_BT, reference, coef: float, chunk: int = 0):
     """As `nll_sum` where the mask is 1; where it is 2, `coef` times the KL from a reference model's distribution.
 
     A sampled token is one draw of its distribution; the KL is the mean over all draws, so it has none of their noise,
@@ -101,7 +105,7 @@ def _slab_sum(slab_loss, weights, hidden_BTD, arrays, fixed, chunk):
     `arrays` are targets, mask and what else there is; a slab whose mask is 0 everywhere is not computed. Only the loss,
     and of it only `weights` and `hidden_BTD`, have a gradient.
     """
-    hidden, *slabs = [to_slabs(x, chunk) for x in (hidden_BTD, *arrays)]
+    hidden, *slabs = [to_slabs(x, chunk or CHUNK_OF_A_FROZEN_HEAD) for x in (hidden_BTD, *arrays)]
     nothing = jnp.float32(0), jnp.float32(0)
 
     def sums(slab):
@@ -116,6 +120,7 @@ def _slab_sum_forward(slab_loss, weights, hidden_BTD, arrays, fixed, chunk):
     weights, hidden_BTD, arrays, fixed = jax.tree.map(
         lambda leaf: leaf.value, (weights, hidden_BTD, arrays, fixed), is_leaf=_is_primal
     )
+    chunk = chunk or (CHUNK if trained else CHUNK_OF_A_FROZEN_HEAD)
     slabs = [to_slabs(x, chunk) for x in (hidden_BTD, *arrays)]
     differentiate = jax.value_and_grad(slab_loss, argnums=(0, 1) if trained else (1,), has_aux=True)
 

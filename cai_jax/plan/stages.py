@@ -3,7 +3,7 @@
 from dataclasses import replace
 from math import ceil, comb
 
-from cai_jax.config_rules import are_rated
+from cai_jax.config_rules import rates_revisions
 from cai_jax.conversation_sets import taken
 from cai_jax.labelers.pleading import PLEAS
 from cai_jax.plan.arithmetic import Batch
@@ -52,7 +52,7 @@ def _critique_revision(run: Run) -> list[Program]:
     new_tokens = answer + settings.rounds * (critique + settings.draws * revision)
     context = max(run.workload.starts["critique_revision"]) + prompt + answer + critique + revision / 2
     prefilled = prompt + settings.rounds * (prompt + answer)  # each round asks about the newest revision
-    if are_rated(run.config):  # all are scored after two sets of worked answers, which all rows share
+    if rates_revisions(run.config):  # all are scored after two sets of worked answers, which all rows share
         prefilled += settings.rounds * 2 * (prompt + settings.draws * revision)
     load = Load.of(run.config.sampler.rows, rows, new_tokens, prefilled, context)
     return sampler_programs(run, "critique_revision", run.models["model.source"], base, size(base), load)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cai_jax.config import Config, PromptSet
-from cai_jax.config_rules import are_rated
+from cai_jax.config_rules import rates_revisions
 from cai_jax.constitution import AIMS, Constitution, load_constitution
 from cai_jax.gold import load_gold
 from cai_jax.prompt_sets import load_prompts
@@ -74,7 +74,7 @@ def _revision_starts(config: Config, constitution: Constitution) -> tuple[int, .
     asked = constitution.matching("", "harmless") if matched else constitution.principles
     of_aims = [[principle] for principle in {principle.aim: principle for principle in asked}.values()]
     starts = [_tokens(constitution.worked(principles)) for principles in of_aims]
-    return (*starts, *(_compared(constitution, of_aims) if are_rated(config) else ()))
+    return (*starts, *(_compared(constitution, of_aims) if rates_revisions(config) else ()))
 
 
 def _label_starts(config: Config, constitution: Constitution) -> tuple[int, ...]:

@@ -12,7 +12,8 @@ DPO_RULES = [
     ("rule: the longer response wins", "longer_wins_accuracy"),
 ]
 DPO_PANELS = [
-    ("loss", "Loss; with sigmoid 0.693 is where it starts", {"loss": "loss"}, False),
+    ("loss", "Loss; with sigmoid it starts at 0.693, and dpo.nll_coef times the next plot", {"loss": "loss"}, False),
+    ("nll", "Negative log-prob of a token of the chosen response, nats", {"nll": "nll"}, False),
     (
         "accuracy",
         "Share of the pairs of a step whose chosen response has the higher reward",
@@ -51,6 +52,7 @@ def dpo(run: Run, titles: dict[str, str]) -> list:
                 ("of them ties, which decide nothing", count(held_out.get("ties"))),
                 ("held-out loss", estimate(held_out.get("loss"), number)),
                 ("held-out margin", estimate(held_out.get("margin"), number)),
+                ("change of a chosen token's negative log-prob", estimate(held_out.get("nll_change"), number)),
             ]
         ),
         el("p", verdicts.dpo(held_out) or "Held-out accuracy: not measured.", class_="verdict"),

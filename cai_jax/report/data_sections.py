@@ -23,7 +23,7 @@ def critique_revision(run: Run, titles: dict[str, str]) -> list:
     return [
         paragraph(
             f"The base model answers each unsafe prompt. Then, a few rounds over, it {_rewrites(run)}. It is trained on"
-            f" the rewritten answers, but for those that are no revision ({_dropped(run)})."
+            f" the rewritten answers, but for those that are no revision ({_dropped(run)}){_unlike(run)}."
         ),
         facts(
             [
@@ -76,6 +76,12 @@ def _dropped(run: Run) -> str:
     """What the flags of dropped rounds say, as the config has them."""
     flags = run.resolved("sft.drop")
     return ", ".join(flag.replace("_", " ") for flag in flags) if isinstance(flags, list) and flags else "none"
+
+
+def _unlike(run: Run) -> str:
+    """What else is left out, where `sft.least_ratio` is set."""
+    least = run.resolved("sft.least_ratio")
+    return f" and those that worked answers made likelier by less than {least:g} nats a token" if least else ""
 
 
 def _kinds(kinds: dict) -> list | None:

@@ -128,7 +128,8 @@ def _distill(context, folder, rows, counters, skipped) -> dict:
             f"{counters['too_long']} exceed best_of_n.sequence_length: raise that, or set best_of_n.distill=false"
         )
     packing = Packing(examples, settings.sequence_length)
-    flops = training_flops(policy.config, 1, packing.mean_length, frozen=context.config.lora.rank > 0)
+    shape = policy.config, 1, packing.mean_length
+    flops = training_flops(*shape, unembedded=packing.learnt, frozen=context.config.lora.rank > 0)
     loss = objective(context.config, policy.config)
     params, metrics = train(
         context, folder, settings, loss, policy.params, packing, report_tokens, flops, mean_of("loss", -1)

@@ -12,7 +12,7 @@ from functools import partial
 from cai_jax import statistics
 from cai_jax.chat import encode_text
 from cai_jax.config import ROUND_FLAGS
-from cai_jax.config_rules import are_rated
+from cai_jax.config_rules import rates_revisions
 from cai_jax.endpoint import question, summary_of
 from cai_jax.errors import UserError
 from cai_jax.labelers.external import ask
@@ -84,7 +84,7 @@ def _starts(context, prompts) -> list[list[dict]]:
     of_aim = {principle.aim: principle for principle in candidates}
     asked = [of_aim[aim] for aim, _ in Counter(principle.aim for principle in candidates).most_common()]
     starts = [_preamble(context, principle) for principle in asked]
-    if are_rated(context.config):
+    if rates_revisions(context.config):
         starts += [list(worked) for principle in asked for worked in compared(context.constitution, principle)]
     return [start for start in starts if start]
 

@@ -154,8 +154,12 @@ def _losses(settings, pairs, logprobs) -> np.ndarray:
     arrays = [_as_learnt(settings, pairs, x) for x in (logprobs, _reference(pairs))]
     columns = [column for array in arrays for column in array.T]
     terms = np.asarray(dpo.terms(*columns, settings.beta, settings.kind, _smoothing(settings, pairs)))
-    lengths = [len(pair["tokens"][1]) for pair in pairs]
-    return terms - settings.nll_coef * logprobs[:, 0] / np.maximum(lengths, 1)
+    return terms + settings.nll_coef * _nll(pairs, logprobs)
+
+
+def _nll(pairs, logprobs) -> np.ndarray:
+    """The negative log-prob of a token of each chosen response."""
+    return -logprobs[:, 0] / np.maximum([len(pair["tokens"][1]) for pair in pairs], 1)
 
 
 def _reference(pairs) -> np.ndarray:
@@ -184,6 +188,8 @@ def held_out_metrics(settings, pairs, logprobs) -> dict:
         "margin": statistics.mean_interval(margins),
         "chosen_reward": statistics.mean_interval(rewards[:, 0]),
         "rejected_reward": statistics.mean_interval(rewards[:, 1]),
+        "nll": statistics.mean_interval(_nll(pairs, logprobs)),
+        "nll_change": statistics.mean_interval(_nll(pairs, logprobs) - _nll(pairs, reference)),
         "kl": statistics.mean_interval((reference - logprobs).mean(axis=1)),
         "longer_wins_accuracy": _share(longer > 0, decided & (longer != 0), pairs),
         "shorter_wins_accuracy": _share(longer < 0, decided & (longer != 0), pairs),

@@ -1,6 +1,6 @@
 """What the artifacts of a stage depend on: a stage goes on where it stopped only while all of that is the same."""
 
-from cai_jax.config_rules import REINFORCED, are_rated
+from cai_jax.config_rules import REINFORCED, rates_revisions
 from cai_jax.models.pretrained import model_hash
 from cai_jax.overrides import flatten
 from cai_jax.stages import labelling
@@ -67,8 +67,8 @@ def fingerprint_of(context, stage: str) -> dict:
     }
     fingerprint |= {"input.model": context.base.hash, "input.constitution": context.constitution.hash}
     fingerprint |= {f"input.prompts.{name}": _prompts_hash(context, stage, name) for name in PROMPT_SETS[stage]}
-    if stage == "critique_revision" and context.config.critique_revision.draws == 1 and are_rated(context.config):
-        fingerprint["revisions"] = "rated"
+    if stage == "critique_revision" and context.config.critique_revision.draws == 1 and rates_revisions(context.config):
+        fingerprint["input.ratios"] = "of each revision"
     if stage == "sft":
         fingerprint |= {f"input.conversations.{source}": rows.hash for source, rows in context.mixed.items()}
     if stage == "judge":

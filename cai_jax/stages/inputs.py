@@ -6,7 +6,7 @@ from pathlib import Path
 
 from cai_jax.chat import encode_chat, turn_end_id
 from cai_jax.config import Config
-from cai_jax.config_rules import REINFORCED
+from cai_jax.config_rules import REINFORCED, rates_revisions
 from cai_jax.constitution import AIMS, Constitution, load_constitution
 from cai_jax.conversation_sets import OWN, Conversations, load_conversations, parse_mixer
 from cai_jax.endpoint import EXTERNAL
@@ -146,10 +146,10 @@ def check_principles(config: Config, constitution: Constitution) -> None:
         named = " and ".join([*fields, *rewarded])
         raise UserError(f"{constitution.path}: few_shots has no worked critique, and the labeler examples needs some: "
                         f"write them, or take examples out of {named}")
-    draws = config.critique_revision.draws if "critique_revision" in config.stages else 1
-    if draws > 1 and not constitution.critique_few_shots:
+    if _rates_revisions(config) and not constitution.critique_few_shots:
+        draws, least = config.critique_revision.draws, config.sft.least_ratio
         raise UserError(f"{constitution.path}: few_shots has no worked critique, by which critique_revision.draws "
-                        f"({draws}) chooses: write some, or set critique_revision.draws=1")
+                        f"({draws}) and sft.least_ratio ({least:g}) choose: write some, or set them to 1 and 0")
     _check_aims(config, constitution, asked)
     if rewarded and constitution.aims != ("",) and (missing := _without_principle(constitution)):
         raise UserError(f"{constitution.path}: no principle has the aim {missing[0]}, which {rewarded[0]}=examples "
@@ -162,11 +162,14 @@ def check_principles(config: Config, constitution: Constitution) -> None:
                         "0 takes all")
 
 
+def _rates_revisions(config: Config) -> bool:
+    return "critique_revision" in config.stages and rates_revisions(config)
+
+
 def _check_aims(config: Config, constitution: Constitution, asked: set[str]) -> None:
     """Refuse what would show worked examples of one aim, or principles of it, where the other is meant."""
     told = {constitution.principle(shot.principle).aim for shot in constitution.critique_few_shots}
-    reads = "examples" in asked or ("critique_revision" in config.stages and config.critique_revision.draws > 1)
-    if reads and (missing := set(constitution.aims) - told):
+    if ("examples" in asked or _rates_revisions(config)) and (missing := set(constitution.aims) - told):
         names = " or ".join(sorted(aim or "no" for aim in missing))
         raise UserError(f"{constitution.path}: no worked critique has a principle of {names} aim, and others have: "
                         "write one for each aim, or leave aim out of all principles")

@@ -2,7 +2,7 @@
 
 from cai_jax.chat import encode_text
 from cai_jax.config import NO_REVISIONS
-from cai_jax.config_rules import are_rated
+from cai_jax.config_rules import rates_revisions
 from cai_jax.labelers.examples import log_ratios
 from cai_jax.prompts import unlike_answers, worked_answers
 from cai_jax.similarity import Index
@@ -57,7 +57,7 @@ def choose(context, sampler, messages: list[dict], principle, drawn: list[dict])
     """
     fit = [i for i, each in enumerate(drawn) if not any(each["flags"][flag] for flag in _UNFIT)]
     ratios = None
-    if fit and are_rated(context.config):
+    if fit and rates_revisions(context.config):
         texts = [drawn[i]["revision"]["text"] for i in fit]
         worked = compared(context.constitution, principle)
         ratios = yield from log_ratios(sampler.model.tokenizer, sampler.fits, *worked, messages, texts, per_token=True)

@@ -46,9 +46,10 @@ def run(context, folder) -> dict:
         raise UserError(f"sft: no example of {', '.join(kept)} can be used: {counters['empty_completion']} completions "
                         f"are empty and {counters['too_long']} exceed sft.sequence_length: raise that")
     loss = objective(context.config, context.base.config, settings.anchor, len(packing.start) > 0)
-    flops = training_flops(context.base.config, 1, packing.mean_length, frozen=context.config.lora.rank > 0)
+    shape = context.base.config, 1, packing.mean_length
+    flops = training_flops(*shape, unembedded=packing.learnt, frozen=context.config.lora.rank > 0)
     if settings.anchor:
-        flops += forward_flops(context.base.config, 1, packing.mean_length)
+        flops += forward_flops(*shape, unembedded=packing.learnt)
     start = context.base.params
     params, metrics = train(
         context, folder, settings, loss, start, packing, report_tokens, flops, mean_of("loss", -1),
@@ -70,12 +71,13 @@ def run(context, folder) -> dict:
 
 def _revisions(context, counters, skipped) -> list[Example]:
     """The revisions of every round that `sft.drop` and `sft.least_ratio` leave; UserError where not one can be used."""
-    rows = {}
+    rows, any_rated = {}, False
     for row in context.folder("critique_revision").read_shards():
         for entry in row["rounds"]:
             if unknown := set(context.config.sft.drop) - set(entry["flags"]):
                 raise UserError(f"sft.drop: the rows of critique_revision have no flag {min(unknown)}, as an earlier "
                                 "version made them; --fresh --stages=critique_revision makes them again")
+            any_rated |= any(draw["rated"] for draw in entry["draws"])
             row_id = f"{row['id']}/round-{entry['round']}"
             reasons = [flag for flag in context.config.sft.drop if entry["flags"][flag]]
             if reasons := reasons or [UNLIKE] * _unlike(entry, context.config.sft.least_ratio):
@@ -83,6 +85,9 @@ def _revisions(context, counters, skipped) -> list[Example]:
                 skipped.append({"id": row_id, "reason": reasons[0].replace("_", " ")})
             else:
                 rows[row_id] = row["messages"], entry["revision"]
+    if context.config.sft.least_ratio and rows and not any_rated:
+        raise UserError("sft.least_ratio: the rows of critique_revision have no ratios, as it ran with one draw and "
+                        "without least_ratio; --fresh --stages=critique_revision makes them again")
     if not rows:
         raise UserError(f"sft: sft.drop ({', '.join(context.config.sft.drop)}) and sft.least_ratio "
                         f"({context.config.sft.least_ratio:g}) leave no revision; drop less or lower it, or see "

@@ -71,6 +71,12 @@ class Packing:
         lengths = [len(example) for row in self.rows for example in row]
         return sum(lengths) / len(lengths)
 
+    @property
+    def learnt(self) -> float:
+        """The share of the rows' tokens that are of completions."""
+        completions = sum(len(example.completion) for row in self.rows for example in row)
+        return completions / self.tokens(range(len(self)))
+
     def tokens(self, rows: Iterable[int]) -> int:
         """How many tokens the named rows hold together; row -1 holds none."""
         return sum(len(self.start) + sum(map(self._own, self.rows[row])) for row in rows if row >= 0)

@@ -320,6 +320,8 @@ def test_draws_of_a_revision_are_written_and_scored_and_critiques_can_be_left_ou
     (steps, passes), (more_steps, more_passes) = work(), work("critique_revision.draws=4")
     assert more_steps / steps == pytest.approx(written(4, critique) / written(1, critique), rel=0.01)
     assert more_passes > 2 * passes
+    rated_steps, rated_passes = work("sft.least_ratio=0.5")
+    assert rated_steps == steps and passes < rated_passes < more_passes
     fewer_steps, _ = work("critique_revision.critiques=false")
     assert fewer_steps / steps == pytest.approx(written(1, 0) / written(1, critique), rel=0.01)
 

@@ -298,12 +298,13 @@ def test_an_empty_revision_is_named_and_the_rest_is_used(tmp_path):
     assert counters == {"empty_completion": 1, "truncated_completion": 0, "too_long": 1}
 
 
-def test_draws_need_worked_answers_to_be_chosen_by(tmp_path):
+@pytest.mark.parametrize("setting", ["critique_revision.draws=2", "sft.least_ratio=0.5"])
+def test_ratios_of_revisions_need_worked_answers(tmp_path, setting):
     text = (Path(__file__).parents[2] / "constitutions" / "verifiable.yaml").read_text(encoding="utf-8")
     bare = tmp_path / "bare.yaml"
     bare.write_text(text[: text.index("few_shots:")].replace("name: verifiable", "name: bare"), encoding="utf-8")
-    told = refusal(tmp_path / "run", "critique_revision.draws=2", f"constitution={bare}")
-    assert "no worked critique, by which critique_revision.draws (2) chooses" in told
+    told = refusal(tmp_path / "run", setting, f"constitution={bare}")
+    assert "no worked critique, by which critique_revision.draws (" in told
 
 
 SHIPPED = (Path(__file__).parents[2] / "constitutions" / "harmless_helpful.yaml").read_text(encoding="utf-8")
@@ -326,8 +327,16 @@ MATCHED = "preferences.matched=true"
             ["principles=careful_with_money,no_lecture", "critique_revision.draws=2"],
             "no worked critique has a principle of harmless aim, and others have",
         ),
+        (
+            SHIPPED,
+            ["principles=careful_with_money,no_lecture", "sft.least_ratio=0.5"],
+            "no worked critique has a principle of harmless aim, and others have",
+        ),
     ],
-    ids=["unmatched", "an aim is missing", "no aims", "contrasted without aims", "no worked critique of an aim"],
+    ids=[
+        "unmatched", "an aim is missing", "no aims", "contrasted without aims", "draws: no worked critique of an aim",
+        "least_ratio: no worked critique of an aim",
+    ],
 )
 def test_aims_that_labels_or_drafts_would_miss_are_refused(tmp_path, text, settings, told):
     mine = tmp_path / "mine.yaml"
@@ -356,6 +365,22 @@ def test_a_revision_that_worked_answers_make_no_likelier_is_dropped_where_it_was
     assert len(sft._revisions(context, counters, skipped)) == 2 and counters["dropped/unlike_worked_answers"] == 3
     context.config = apply_overrides(context.config, ["sft.least_ratio=1"])
     assert len(sft._revisions(context, Counter(), [])) == 1, "what was not rated stays"
+
+
+def test_revisions_are_made_again_where_ratios_are_wanted_and_only_there(tmp_path):
+    def of(*overrides):
+        return open_door(tmp_path / "run", *overrides).fingerprint("critique_revision")
+
+    plain, rated, other = of(), of("sft.least_ratio=0.5"), of("sft.least_ratio=0.8")
+    assert "input.ratios" not in plain and rated == other == plain | {"input.ratios": rated["input.ratios"]}
+    assert of("critique_revision.draws=2") == of("critique_revision.draws=2", "sft.least_ratio=0.5")
+
+
+def test_a_least_ratio_for_revisions_without_any_is_refused(tmp_path):
+    context = sft_context(tmp_path, completion(), completion())
+    context.config = apply_overrides(context.config, ["sft.least_ratio=0.2"])
+    with pytest.raises(UserError, match="sft.least_ratio: the rows of critique_revision have no ratios.*--fresh"):
+        sft._revisions(context, Counter(), [])
 
 
 def test_nothing_is_sampled_or_trained_where_no_revision_can_be_used(tmp_path):
