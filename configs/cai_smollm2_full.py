@@ -40,7 +40,7 @@ def config() -> c.Config:
         # Of two answers that both decline, or both comply, this judge cannot tell the better one, and is unsure. So
         # they are drawn to differ: a reward model of this size learns the few that do so by chance by heart.
         preferences=c.Preferences(
-            labelers=("examples",), matched=True, contrasted=True, share=0.2, rows_per_shard=64,
+            labelers=("examples",), matched=True, contrasted=True, share=0.25, rows_per_shard=64,
             response=c.Sampling(temperature=0.8, top_p=0.95, max_new_tokens=16),
             filters=c.Filters(least_confidence=0.9),
         ),
