@@ -49,7 +49,7 @@ def config() -> c.Config:
         ),
         # Rollouts are cut short on purpose: a penalty for that would pay for refusals, which are short.
         ppo=c.Ppo(
-            value_trunk="shared", updates=16, rollouts=48, epochs=1, minibatches=2, max_prompt_tokens=64,
+            value_trunk="shared", updates=24, rollouts=48, epochs=1, minibatches=2, max_prompt_tokens=64,
             red_team_share=0.3, response=rollout, kl_coef=0.05, missing_eos_penalty=0.0, normalise_scores=True,
             checkpoint_every=4, optimizer=c.Optimizer(learning_rate=3e-4, schedule="linear", eps=1e-5),
         ),
